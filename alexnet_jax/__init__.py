@@ -1,0 +1,1 @@
+"""AlexNet in Flax linen, trained with Optax on TFDS data."""

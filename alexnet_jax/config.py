@@ -1,0 +1,207 @@
+"""Every option of a run, declared once, and the checks that refuse impossible values.
+
+A config is an ``ml_collections.ConfigDict`` with one section per module; each module is handed
+only its own section. Files in ``configs/`` call `default_config` and change a few lines. The
+options of a network are the fields of its linen class, so that they too stand in one place.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from alexnet_jax.errors import InputError
+from alexnet_jax.models import check_model, model_options
+
+
+def default_config(model: str = "alexnet") -> ConfigDict:
+    """Returns all options with their default values.
+
+    Args:
+        model: Name of the network, a key of `alexnet_jax.models.MODELS`.
+
+    Returns:
+        A locked ConfigDict: assigning a key that is not declared here raises.
+    """
+    config = ConfigDict()
+    config.seed = 0
+
+    config.data = ConfigDict()
+    config.data.name = "cifar10"  # a TFDS name, a prepared data set, or "digits"
+    config.data.data_dir = ""  # "" is TFDS's usual folder, ~/tensorflow_datasets
+    config.data.train_split = "train"
+    config.data.test_split = "test"
+    config.data.validation_fraction = 0.1  # held out of train, per class; 0 trains on all of it
+    config.data.image_size = 32  # pixels; images of another size are resized
+
+    config.augment = ConfigDict()
+    config.augment.crop_padding = 4  # pixels of reflected border before a random crop; 0 is off
+    config.augment.flip = True  # mirror left-right with probability 1/2
+
+    config.model = ConfigDict({"name": model, **model_options(model)})
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adam"  # "adam", "adamw", "sgd"
+    config.optimizer.learning_rate = 1e-3  # at its peak
+    config.optimizer.schedule = "cosine"  # after warm-up: "constant", "cosine", "linear", "step"
+    config.optimizer.warmup_epochs = 0.0
+    config.optimizer.final_fraction = 0.0  # of the peak rate, at the end of "cosine", "linear"
+    config.optimizer.step_epochs = (10, 15)  # "step" multiplies the rate by step_factor here
+    config.optimizer.step_factor = 0.1
+    config.optimizer.b1 = 0.9  # Adam's decay rates and epsilon
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.momentum = 0.9  # SGD's
+    config.optimizer.nesterov = True
+    config.optimizer.weight_decay = 0.0  # on kernels only; decoupled in adamw, L2 in sgd
+    config.optimizer.clip_norm = 0.0  # largest global gradient norm; 0 is off
+    config.optimizer.accumulate_steps = 1  # batches whose gradients are averaged per update
+
+    config.train = ConfigDict()
+    config.train.batch_size = 128  # images per step, over all devices
+    config.train.epochs = 20
+    config.train.label_smoothing = 0.0
+    config.train.ema_decay = 0.0  # of an average of the weights, which is then evaluated; 0 is off
+    config.train.steps_per_dispatch = 0  # steps per call into the device; 0 chooses
+    config.train.eval_batch_size = 500  # rounded up to a multiple of the devices
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_seconds = 300.0  # beside those after each epoch; 0 is off
+
+    config.writers = ConfigDict()
+    config.writers.tensorboard = True
+    return config.lock()
+
+
+# What may change between the runs that share a folder: where things lie and how often they are
+# written, never what is computed.
+FREE_KEYS = frozenset({"data.data_dir", "checkpoint.every_seconds", "writers.tensorboard"})
+
+
+def _at_least(bound: float) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value >= bound), f"at least {bound}"
+
+
+def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value in names), "one of " + ", ".join(names)
+
+
+_POSITIVE = ((lambda value: value > 0), "greater than 0")
+_FRACTION = ((lambda value: 0 <= value < 1), "at least 0 and less than 1")
+
+# Key to (test, what would be right). Options of a model are checked by the model itself.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": ((lambda value: 0 <= value < 2**32), "at least 0 and less than 2**32"),
+    "data.name": (bool, "the name of a data set"),
+    "data.train_split": (bool, "the name of a split"),
+    "data.test_split": (bool, "the name of a split"),
+    "data.validation_fraction": _FRACTION,
+    "data.image_size": ((lambda value: 8 <= value <= 1024), "between 8 and 1024"),
+    "augment.crop_padding": _at_least(0),
+    "optimizer.name": _one_of("adam", "adamw", "sgd"),
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.schedule": _one_of("constant", "cosine", "linear", "step"),
+    "optimizer.warmup_epochs": _at_least(0),
+    "optimizer.final_fraction": ((lambda value: 0 <= value <= 1), "between 0 and 1"),
+    "optimizer.step_factor": _POSITIVE,
+    "optimizer.b1": _FRACTION,
+    "optimizer.b2": _FRACTION,
+    "optimizer.eps": _POSITIVE,
+    "optimizer.momentum": _FRACTION,
+    "optimizer.weight_decay": _at_least(0),
+    "optimizer.clip_norm": _at_least(0),
+    "optimizer.accumulate_steps": _at_least(1),
+    "train.batch_size": _at_least(1),
+    "train.epochs": _at_least(1),
+    "train.label_smoothing": _FRACTION,
+    "train.ema_decay": _FRACTION,
+    "train.steps_per_dispatch": _at_least(0),
+    "train.eval_batch_size": _at_least(1),
+    "checkpoint.every_seconds": _at_least(0),
+}
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each option as ("section.key", value), in the order of declaration."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def unknown_key_message(key: str, config: ConfigDict) -> str:
+    """Says that `key` is no option and names those that it may have been meant to be."""
+    known = [name for name, _ in flatten(config)]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    if not near:  # the right name in the wrong section, or a section alone
+        last = key.rsplit(".", 1)[-1]
+        near = [name for name in known if last in name.split(".")]
+    hint = (
+        f"did you mean {' or '.join(near)}?" if near else f"the sections are {', '.join(config)}."
+    )
+    return f"config.{key} is not an option; {hint}"
+
+
+def validate(config: ConfigDict) -> None:
+    """Refuses unknown keys, wrong types and impossible values before anything is built.
+
+    Args:
+        config: A config as `default_config` makes it, with changes.
+
+    Raises:
+        InputError: Names the first option found wrong, its value, and what would be right.
+    """
+    name = config.get("model", {}).get("name")
+    reference = dict(flatten(default_config(name)))
+    given = dict(flatten(config))
+    for key in given:
+        if key not in reference:
+            raise InputError(unknown_key_message(key, default_config(name)))
+    for key, default in reference.items():
+        if key not in given:
+            raise InputError(f"config.{key} is missing; its default is {default!r}.")
+        _check_type(key, given[key], default)
+        if key in _RULES:
+            test, right = _RULES[key]
+            if not test(given[key]):
+                raise InputError(f"config.{key} is {given[key]!r}; it must be {right}.")
+    _check_together(config)
+    check_model(config.model, config.data.image_size)
+
+
+def _check_type(key: str, value: Any, default: Any) -> None:
+    wanted = type(default)
+    if wanted is float and type(value) is int:
+        return
+    if type(value) is not wanted:
+        raise InputError(
+            f"config.{key} is {value!r}, a {type(value).__name__}; "
+            f"it must be a {wanted.__name__} such as {default!r}."
+        )
+    if wanted is float and value != value:
+        raise InputError(f"config.{key} is {value!r}; it must be a number.")
+    if wanted is tuple and default:
+        for item in value:
+            _check_type(f"{key}[{value.index(item)}]", item, default[0])
+
+
+def _check_together(config: ConfigDict) -> None:
+    """Refuses options that are possible alone and impossible together."""
+    optimizer, train = config.optimizer, config.train
+    if optimizer.name == "adam" and optimizer.weight_decay > 0:
+        raise InputError(
+            f"config.optimizer.weight_decay is {optimizer.weight_decay} and config.optimizer.name "
+            "is 'adam', which has none; use 'adamw' for decoupled weight decay."
+        )
+    if optimizer.warmup_epochs >= train.epochs:
+        raise InputError(
+            f"config.optimizer.warmup_epochs is {optimizer.warmup_epochs}; "
+            f"it must be less than config.train.epochs, {train.epochs}."
+        )
+    if config.augment.crop_padding >= config.data.image_size:
+        raise InputError(
+            f"config.augment.crop_padding is {config.augment.crop_padding}; it must be less than "
+            f"config.data.image_size, {config.data.image_size}, to be filled by reflection."
+        )

@@ -1,0 +1,116 @@
+"""Encoded images in, RGB uint8 out: the one place where Pillow decodes, and what it may accept."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from alexnet_jax.errors import InputError
+
+# No photograph of a training set is larger; a decompression bomb is.
+MAX_PIXELS = 100_000_000
+MAX_FILE_BYTES = 512 * 2**20
+
+_ORIENTATION = 0x0112  # The EXIF tag; 1 means "as stored".
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turns an image of any mode into RGB.
+
+    Transparent pixels are composed on white and 16-bit grey is scaled to 8 bits: Pillow alone
+    would make the former black and clip the latter.
+
+    Args:
+        image: A Pillow image of any mode but 32-bit float.
+
+    Returns:
+        The same picture in mode "RGB"; the argument itself if it is so already.
+
+    Raises:
+        ValueError: The image is 32-bit float, which has no agreed range of values.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are 32-bit floats; save it with 8 or 16 bits a channel")
+    if image.mode.startswith("I"):
+        image = Image.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def decode(data: bytes, size: int) -> np.ndarray:
+    """Decodes one image to a square of the wanted size.
+
+    Args:
+        data: The encoded image.
+        size: Side of the result. A larger or smaller image is scaled by its short side, then
+            cropped to its centre.
+
+    Returns:
+        uint8[size, size, 3], RGB.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        rgb = to_rgb(image)
+        if rgb.size != (size, size):
+            rgb = ImageOps.fit(rgb, (size, size))
+        return np.asarray(rgb)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Encodes uint8[H, W] (grey) or uint8[H, W, 3] (RGB) without loss."""
+    return _to_png(Image.fromarray(pixels))
+
+
+def normalize_encoded(data: bytes, name: str) -> bytes:
+    """Checks an image file by decoding it, and brings it into a form every reader understands.
+
+    Args:
+        data: The file's bytes.
+        name: What to call the image in an error.
+
+    Returns:
+        `data` itself if it is an upright RGB or grey JPEG or PNG; otherwise an RGB PNG, upright
+        according to its EXIF orientation, composed on white where it was transparent.
+
+    Raises:
+        InputError: The image is too large or cannot be decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Our own limit follows, with the image's name.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+        with image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()
+            if _is_plain(image):
+                return data
+            return _to_png(to_rgb(ImageOps.exif_transpose(image)))
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"The image {name} has more than {MAX_PIXELS // 10**6} megapixels; "
+            "scale it down, or remove it."
+        ) from error
+    except Exception as error:  # Pillow raises nearly every kind of exception on bad bytes.
+        raise InputError(
+            f"The image {name} cannot be decoded ({error}); replace or remove it."
+        ) from error
+
+
+def _is_plain(image: Image.Image) -> bool:
+    return (
+        image.format in ("JPEG", "PNG")
+        and image.mode in ("RGB", "L")
+        and not image.has_transparency_data
+        and image.getexif().get(_ORIENTATION, 1) == 1
+    )
+
+
+def _to_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,233 @@
+"""Data sets by name: prepared if need be, then read at random as square RGB images.
+
+Reading needs TFDS but never TensorFlow. TFDS takes half a second to import, so every import of it
+stands inside a function.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from alexnet_jax.data import prepare
+from alexnet_jax.data.images import decode
+from alexnet_jax.errors import InputError
+
+_READ_AT_ONCE = 256  # Records per call; ArrayRecord reads a batch about 5 times as fast as singles.
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One split of a data set: `source[i]` is {"image": uint8[S, S, 3], "label": int}.
+
+    It can be pickled, which opens the files anew in the other process.
+
+    Attributes:
+        name: What to call it in messages: the data set and the split.
+        class_names: By label.
+        image_size: S, the side of every image.
+        records: The serialised examples (array_record's data source).
+        image_key: Name of the image in an example.
+        label_key: Name of the label in an example.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    image_size: int
+    records: Any
+    image_key: str
+    label_key: str
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of every image: (S, S, 3)."""
+        return (self.image_size, self.image_size, 3)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} has {len(self)} images, no number {index}")
+        image, label = self._decode(index, self._read([int(index)])[0])
+        return {"image": image, "label": label}
+
+    def read_all(self, progress: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Reads every image into memory.
+
+        It runs in one thread: Pillow holds Python's lock while it decodes.
+
+        Args:
+            progress: Whether to show a bar on a terminal.
+
+        Returns:
+            Images uint8[N, S, S, 3] and labels int32[N], in the order of the indices.
+
+        Raises:
+            InputError: A record is damaged or has no label.
+        """
+        images = np.empty((len(self), *self.image_shape), np.uint8)
+        labels = np.empty(len(self), np.int32)
+        hidden = None if progress else True
+        # A bar is for what lasts: small sets are read before the delay is over.
+        with tqdm(
+            desc=f"Reading {self.name}", total=len(self), unit="img", disable=hidden, delay=1
+        ) as bar:
+            for index, record in enumerate(self._all_records()):
+                images[index], labels[index] = self._decode(index, record)
+                bar.update()
+        return images, labels
+
+    def _all_records(self) -> Iterator[bytes]:
+        for start in range(0, len(self), _READ_AT_ONCE):
+            yield from self._read(range(start, min(start + _READ_AT_ONCE, len(self))))
+
+    def _read(self, indices: Sequence[int]) -> Sequence[bytes]:
+        try:
+            return self.records.__getitems__(indices)
+        except RuntimeError as error:  # ArrayRecord's, where a checksum is wrong.
+            raise InputError(
+                f"The files of {self.name} are damaged ({error}); remove their folder and prepare "
+                "the data set again."
+            ) from error
+
+    def _decode(self, index: int, record: bytes) -> tuple[np.ndarray, int]:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        try:
+            features = tf_example_pb2.Example.FromString(record).features.feature
+            label = features[self.label_key].int64_list.value[0]
+            image = decode(features[self.image_key].bytes_list.value[0], self.image_size)
+        except Exception as error:  # Pillow raises nearly every kind of exception on bad bytes.
+            raise InputError(
+                f"Image {index} of {self.name} cannot be decoded ({error}); prepare the data set "
+                "again."
+            ) from error
+        if not 0 <= label < len(self.class_names):
+            raise InputError(
+                f"Image {index} of {self.name} has the label {label}, which is none of the "
+                f"{len(self.class_names)} classes; choose a split that has labels."
+            )
+        return image, label
+
+
+def load_source(config: ConfigDict, split: str, *, progress: bool = True) -> Source:
+    """Opens one split of a data set; prepares the set first where that is needed.
+
+    The name is looked up as our own "digits", then among the sets prepared in `data_dir`, then
+    among those TFDS can download. Sets prepared as TFRecord are converted, beside the original.
+
+    Args:
+        config: The section `config.data`; `name`, `data_dir` and `image_size` are used here.
+        split: A TFDS split, such as "train" or "train[:90%]".
+        progress: Whether to show bars on a terminal while preparing.
+
+    Returns:
+        The split's images as uint8[image_size, image_size, 3].
+
+    Raises:
+        InputError: The name or the split is unknown, the data cannot be had or read, or it is no
+            image classification.
+    """
+    if config.image_size < 1:
+        raise InputError(f"config.data.image_size is {config.image_size}; it must be at least 1.")
+    builder = _open(config.name, config.data_dir, progress)
+    image_key, label_key = _image_and_label(builder.info)
+    label = builder.info.features[label_key]
+    return Source(
+        name=f"{builder.info.name} {split}",
+        class_names=tuple(label.int2str(index) for index in range(label.num_classes)),
+        image_size=config.image_size,
+        records=_records(builder, split),
+        image_key=image_key,
+        label_key=label_key,
+    )
+
+
+def _open(name: str, data_dir: str, progress: bool) -> Any:
+    """Returns a TFDS builder of the named set that reads it from disk, as ArrayRecord."""
+    prepare.check_name(name)
+    if name == prepare.DIGITS:
+        prepare.prepare_digits(data_dir)
+    builder = _open_prepared(name, data_dir)
+    if builder is None:
+        prepare.prepare_registered(name, data_dir, progress)
+        builder = _open_prepared(name, data_dir)
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if "array_record" not in formats:
+        prepare.add_array_record(builder, progress)
+        builder = _open_prepared(name, data_dir)
+    return builder
+
+
+def _open_prepared(name: str, data_dir: str) -> Any:
+    """Returns a TFDS builder of the named set, or None if none is prepared."""
+    import tensorflow_datasets as tfds
+
+    root = prepare.data_root(data_dir)
+    try:
+        with prepare.quiet_tfds():
+            return tfds.core.read_only_builder.builder_from_files(name, data_dir=str(root))
+    except tfds.core.DatasetNotFoundError:
+        return None
+    except Exception as error:  # Whatever parsing damaged JSON raises.
+        raise InputError(
+            f"The data set {name} in {root} cannot be opened ({error}); remove its folder there "
+            "and prepare it again."
+        ) from error
+
+
+def _image_and_label(info: Any) -> tuple[str, str]:
+    """Finds the names of the image and the label in a set's examples."""
+    import tensorflow_datasets as tfds
+
+    features = sorted(info.features.items())  # They are stored in no fixed order.
+    images, labels = (
+        [key for key, feature in features if isinstance(feature, kind)]
+        for kind in (tfds.features.Image, tfds.features.ClassLabel)
+    )
+    match info.supervised_keys:
+        case (image, label) if image in images and label in labels:
+            return image, label
+    if not images or not labels:
+        found = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features)
+        raise InputError(
+            f"{info.name} is no image classification set: it needs an Image and a ClassLabel, "
+            f"and has {found}."
+        )
+    return (
+        "image" if "image" in images else images[0],
+        "label" if "label" in labels else labels[0],
+    )
+
+
+def _records(builder: Any, split: str) -> Any:
+    """Opens the serialised examples of a split."""
+    import tensorflow_datasets as tfds
+
+    try:
+        with prepare.quiet_tfds():
+            source = builder.as_data_source(
+                split,
+                deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+                file_format="array_record",
+            )
+    except Exception as error:  # TFDS has its own for a bad name, a bad slice and an empty one.
+        known = ", ".join(
+            f"{key} ({info.num_examples})" for key, info in builder.info.splits.items()
+        )
+        raise InputError(
+            f"{builder.info.name} has no images for the split {split!r}; it has {known}, and "
+            "slices of them such as 'train[:90%]'."
+        ) from error
+    for part in builder.info.splits[split].file_instructions:
+        if not Path(part.filename).is_file():
+            raise InputError(
+                f"The file {part.filename} is missing; remove its folder and prepare the data set "
+                "again."
+            )
+    return source.data_source

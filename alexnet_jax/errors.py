@@ -1,0 +1,25 @@
+"""The exceptions that end a run on purpose; `main` turns each into a sentence and an exit code."""
+
+
+class InputError(ValueError):
+    """Bad input: an option, a file, a data set, a run folder.
+
+    The message is one clear sentence that says what is wrong, which value, and what would be
+    right. The programs print it without a traceback and exit with code 2; nothing is lost.
+    """
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a finite number; the last good checkpoint is kept."""
+
+
+class Interrupted(Exception):
+    """A person or a scheduler asked the run to stop, and it has saved where it stands.
+
+    Attributes:
+        step: The step that was saved.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped and saved at step {step:,}")
+        self.step = step

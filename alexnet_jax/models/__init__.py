@@ -1,0 +1,86 @@
+"""Networks by name. To add one, put its linen class beside this file and a line into `MODELS`."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from clu.parameter_overview import get_parameter_overview
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from alexnet_jax.errors import InputError
+from alexnet_jax.models.alexnet import AlexNet
+
+# The contract of each class: a field `num_classes`, fields with defaults for all that varies, and
+# __call__(images: float[B, H, W, 3], *, train: bool) -> logits float32[B, num_classes].
+MODELS: dict[str, type[nn.Module]] = {"alexnet": AlexNet}
+
+_NOT_OPTIONS = ("num_classes", "axis_name", "parent", "name")
+
+
+def _model_class(name: Any) -> type[nn.Module]:
+    if name not in MODELS:
+        raise InputError(f"config.model.name is {name!r}; it must be one of {', '.join(MODELS)}.")
+    return MODELS[name]
+
+
+def model_options(name: str) -> dict[str, Any]:
+    """Returns the options of a network and their defaults: the fields of its linen class.
+
+    Raises:
+        InputError: No network has this name.
+    """
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(_model_class(name))
+        if field.init and field.name not in _NOT_OPTIONS
+    }
+
+
+def create_model(
+    config: ConfigDict, num_classes: int, *, axis_name: str | None = None
+) -> nn.Module:
+    """Builds the network that a `config.model` section describes.
+
+    Args:
+        config: `name` and the options of that network.
+        num_classes: Length of the logits.
+        axis_name: Name of the mapped device axis when the network runs under `pmap` or
+            `shard_map`; None under `jit`, where a batch statistic is global by itself.
+
+    Raises:
+        InputError: An option has an impossible value.
+    """
+    options = {key: value for key, value in config.items() if key != "name"}
+    return _model_class(config.name)(num_classes=num_classes, axis_name=axis_name, **options)
+
+
+def check_model(config: ConfigDict, image_size: int) -> None:
+    """Refuses options that the network cannot be built with, without building it.
+
+    Args:
+        config: The section `config.model`.
+        image_size: Side of the images, in pixels.
+
+    Raises:
+        InputError: Names the option, its value, and what would be right.
+    """
+    model = create_model(config, num_classes=2)
+    images = jnp.zeros((1, image_size, image_size, 3))
+    jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+
+
+def describe(model: nn.Module, image_shape: tuple[int, ...]) -> str:
+    """Lays out the parameters with their shapes and number, and counts the FLOPs.
+
+    Args:
+        model: A network.
+        image_shape: (H, W, C) of one image; the FLOPs are those of its forward pass.
+    """
+    images = jnp.zeros((1, *image_shape))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    forward = jax.jit(lambda variables: model.apply(variables, images, train=False))
+    flops = (forward.lower(variables).cost_analysis() or {}).get("flops", float("nan"))
+    table = get_parameter_overview(variables["params"], include_stats=False)
+    return f"{table}\nForward pass of one image: {flops / 1e6:,.1f} million FLOPs"

@@ -1,0 +1,145 @@
+"""AlexNet (Krizhevsky, Sutskever, Hinton, 2012), as one linen class with fields for what varies."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from alexnet_jax.errors import InputError
+
+_KERNEL_INITS = ("he_normal", "lecun_normal")
+_NORMS = ("none", "batch")
+_DTYPES = ("float32", "bfloat16")
+
+
+class AlexNet(nn.Module):
+    """Five convolutions with ReLU, max pooling after some, then fully connected layers.
+
+    The defaults are the network for 32x32 images: the channels of the one-GPU AlexNet
+    (Krizhevsky, 2014, "One weird trick for parallelizing convolutional neural networks") with
+    3x3 kernels and without the stride-4 stem, which would leave nothing of so small an image.
+    Dropout stands before each hidden layer, as there.
+
+    Attributes:
+        num_classes: Length of the logits.
+        features: Output channels of each convolution.
+        kernels: Side of each square kernel, in pixels.
+        strides: Stride of each convolution.
+        pools: Whether a max pooling follows each convolution.
+        pool_window: Side of the pooling window, in pixels.
+        pool_stride: Stride of the pooling; smaller than the window in the paper ("overlapping").
+        hidden: Widths of the fully connected layers before the last.
+        norm: "none", or "batch" for batch normalisation (Ioffe and Szegedy, 2015) between
+            convolution and ReLU.
+        norm_momentum: Share of the old running statistics kept at each step.
+        dropout: Probability to drop an input of a hidden layer (Hinton et al., 2012).
+        kernel_init: "he_normal" (He et al., 2015, for ReLU) or "lecun_normal".
+        dtype: "float32" or "bfloat16", of the arithmetic; parameters and logits are float32.
+        axis_name: Mapped device axis to average batch statistics over, if any.
+    """
+
+    num_classes: int
+    features: tuple[int, ...] = (64, 192, 384, 256, 256)
+    kernels: tuple[int, ...] = (3, 3, 3, 3, 3)
+    strides: tuple[int, ...] = (1, 1, 1, 1, 1)
+    pools: tuple[bool, ...] = (True, True, False, False, True)
+    pool_window: int = 2
+    pool_stride: int = 2
+    hidden: tuple[int, ...] = (4096, 4096)
+    norm: str = "none"
+    norm_momentum: float = 0.9
+    dropout: float = 0.5
+    kernel_init: str = "he_normal"
+    dtype: str = "float32"
+    axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool) -> Array:
+        """Computes logits.
+
+        Args:
+            images: float[B, H, W, C], normalised.
+            train: Whether to drop units and to use and update batch statistics; needs the rng
+                "dropout", and "batch_stats" mutable if `norm` is "batch".
+
+        Returns:
+            float32[B, num_classes], unnormalised log probabilities.
+
+        Raises:
+            InputError: The images are so small that a pooling would leave nothing.
+        """
+        init = getattr(nn.initializers, self.kernel_init)()
+        x = images.astype(self.dtype)
+        layers = zip(self.features, self.kernels, self.strides, self.pools, strict=True)
+        for i, (features, kernel, stride, pool) in enumerate(layers, start=1):
+            x = nn.Conv(
+                features,
+                (kernel, kernel),
+                (stride, stride),
+                padding=kernel // 2,
+                use_bias=self.norm == "none",  # batch normalisation brings its own
+                kernel_init=init,
+                dtype=self.dtype,
+                name=f"conv{i}",
+            )(x)
+            if self.norm == "batch":
+                x = nn.BatchNorm(
+                    use_running_average=not train,
+                    momentum=self.norm_momentum,
+                    dtype=self.dtype,
+                    axis_name=self.axis_name,
+                    name=f"norm{i}",
+                )(x)
+            x = nn.relu(x)
+            if pool:
+                if min(x.shape[1:3]) < self.pool_window:
+                    raise InputError(
+                        f"images of {images.shape[1]}x{images.shape[2]} pixels are too small for "
+                        f"this network: {x.shape[1]}x{x.shape[2]} are left before the pooling "
+                        f"after convolution {i}, whose window is {self.pool_window}."
+                    )
+                window, step = (self.pool_window,) * 2, (self.pool_stride,) * 2
+                x = nn.max_pool(x, window, step)
+        x = x.reshape(x.shape[0], -1)
+        for i, width in enumerate(self.hidden, start=1):
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            x = nn.Dense(width, kernel_init=init, dtype=self.dtype, name=f"fc{i}")(x)
+            x = nn.relu(x)
+        x = nn.Dense(self.num_classes, dtype=self.dtype, name="logits")(x)
+        return x.astype(jnp.float32)
+
+
+def _check(model: AlexNet) -> None:
+    """Refuses impossible fields; no method, for linen would count its call as the network's."""
+    for name in ("kernels", "strides", "pools"):
+        values = getattr(model, name)
+        if len(values) != len(model.features):
+            raise InputError(
+                f"config.model.{name} is {tuple(values)}; it must have one entry per "
+                f"convolution, {len(model.features)} as config.model.features has."
+            )
+    for name in ("features", "kernels", "strides", "hidden", "pool_window", "pool_stride"):
+        values = getattr(model, name)
+        if any(v < 1 for v in (values if isinstance(values, tuple) else (values,))):
+            raise InputError(f"config.model.{name} is {values}; it must be at least 1.")
+    if not model.features:
+        raise InputError("config.model.features is empty; it needs at least one convolution.")
+    for name, right in (
+        ("norm", _NORMS),
+        ("kernel_init", _KERNEL_INITS),
+        ("dtype", _DTYPES),
+    ):
+        if getattr(model, name) not in right:
+            raise InputError(
+                f"config.model.{name} is {getattr(model, name)!r}; "
+                f"it must be one of {', '.join(right)}."
+            )
+    for name in ("dropout", "norm_momentum"):
+        if not 0 <= getattr(model, name) < 1:
+            raise InputError(
+                f"config.model.{name} is {getattr(model, name)}; "
+                "it must be at least 0 and less than 1."
+            )

@@ -1,0 +1,61 @@
+"""Devices: a one-dimensional mesh, where arrays lie on it, and how a step is compiled for it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from alexnet_jax.errors import InputError
+
+AXIS = "data"
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Lays the devices, by default all of them, along one axis over which batches are split."""
+    # Not jax.make_mesh, whose axes are explicit: here jit decides where an operation runs.
+    return Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split(mesh: Mesh, dimension: int = 0) -> NamedSharding:
+    """Each device holds an equal part of the given dimension."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * dimension, AXIS))
+
+
+def split_batch(mesh: Mesh) -> Callable[[Any], Any]:
+    """Returns the function that, inside jit, spreads a batch over the devices."""
+    return lambda batch: jax.lax.with_sharding_constraint(batch, split(mesh))
+
+
+def compile_update(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Compiles a function from a state to a new state and metrics; the old state is given up.
+
+    Its memory becomes the new state's, so the caller must not use it afterwards.
+    """
+    return jax.jit(function, donate_argnums=0, out_shardings=replicated(mesh))
+
+
+def compile_reading(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Compiles a function that reads its arguments and leaves them as they are."""
+    return jax.jit(function, out_shardings=replicated(mesh))
+
+
+def check_batch_size(batch_size: int, devices: int) -> None:
+    """Refuses a batch that the devices cannot share equally.
+
+    Raises:
+        InputError: Names the nearest sizes that they can.
+    """
+    if batch_size % devices:
+        below = batch_size // devices * devices
+        near = f"{below} or {below + devices}" if below else f"{devices}"
+        raise InputError(
+            f"config.train.batch_size is {batch_size}, which {devices} devices cannot share "
+            f"equally; the nearest that they can: {near}."
+        )

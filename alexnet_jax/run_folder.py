@@ -1,0 +1,95 @@
+"""The run folder: everything that a run leaves, and all that a program needs to use it.
+
+``config.json``, ``dataset.json``, ``metrics.jsonl``, ``results.json``, ``log.txt``,
+``checkpoints/``, TensorBoard events and figures.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from alexnet_jax.config import FREE_KEYS, flatten
+from alexnet_jax.errors import InputError
+
+CONFIG = "config.json"
+DATASET = "dataset.json"
+METRICS = "metrics.jsonl"
+RESULTS = "results.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file whole or not at all, whenever the process is killed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a file of the run folder; None if it is not there.
+
+    Raises:
+        InputError: It is there and is no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(
+            f"{path} is damaged ({error}); put back a copy, or use another --workdir."
+        ) from None
+
+
+def open_run_folder(workdir: Path, config: ConfigDict) -> Path:
+    """Makes the folder of a new run, or makes sure that this config may go on in an old one.
+
+    Args:
+        workdir: The folder.
+        config: Checked against the one that began the run; only `config.FREE_KEYS` may differ.
+
+    Returns:
+        The absolute path of the folder, which holds ``config.json``.
+
+    Raises:
+        InputError: It is a file, cannot be written, holds something else, or another run.
+    """
+    folder = workdir.expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--workdir={workdir} is a file; name a folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"--workdir={workdir} cannot be written ({error.strerror}); name a folder that can."
+        ) from None
+    before = read_json(folder / CONFIG)
+    # Through JSON, so that both sides have lists for tuples.
+    now = json.loads(json.dumps(dict(flatten(config))))
+    if before is None:
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise InputError(
+                f"--workdir={workdir} holds files but no {CONFIG}, so it is no run folder; "
+                "name an empty or a new one."
+            )
+        write_json(folder / CONFIG, now)
+        return folder
+    differing = [
+        f"{key} was {before.get(key, 'absent')!r} and is {now.get(key, 'absent')!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in FREE_KEYS
+    ]
+    if differing:
+        raise InputError(
+            f"{folder} holds a run with another config: {'; '.join(differing)}. Give the old "
+            "values to go on with it, or another --workdir to start anew."
+        )
+    return folder

@@ -1,0 +1,71 @@
+"""What a run *is*: every array that a step reads and writes, and nothing else."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import Array
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """The arrays of a run; immutable, one pytree.
+
+    Attributes:
+        step: int32[], steps taken so far.
+        params: Trained parameters.
+        model_state: The network's other collections by name, e.g. {"batch_stats": ...}.
+        opt_state: Optax state.
+        ema: {"params", "model_state"} averaged over the steps (Polyak and Juditsky, 1992), or {}.
+        key: The run's random key. It never changes: a draw is a function of (key, step).
+    """
+
+    step: Array
+    params: Any
+    model_state: Any
+    opt_state: optax.OptState
+    ema: Any
+    key: Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `module.apply` takes."""
+        return {"params": self.params, **self.model_state}
+
+    def averaged(self) -> "TrainState":
+        """Returns the state to evaluate: with the averaged weights, where they are kept."""
+        return self.replace(**self.ema) if self.ema else self
+
+
+def create_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    seed: int,
+    *,
+    ema: bool = False,
+) -> TrainState:
+    """Initialises a run at step 0. Pure: the same seed gives the same state.
+
+    Args:
+        model: A network with the contract of `alexnet_jax.models`.
+        optimizer: Optax transformation of the gradients.
+        image_shape: (H, W, C) of one image.
+        seed: Of every random draw of the run.
+        ema: Whether to keep averaged weights.
+    """
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
+    model_state = {name: value for name, value in variables.items() if name != "params"}
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state=model_state,
+        opt_state=optimizer.init(params),
+        # Copies, because a buffer that stands in a state twice cannot be donated.
+        ema=jax.tree.map(jnp.copy, {"params": params, "model_state": model_state}) if ema else {},
+        key=run_key,
+    )

@@ -1,0 +1,182 @@
+"""Where a run tells what happens: metrics.jsonl, TensorBoard, log.txt, and the terminal."""
+
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, in the order of the steps.
+
+    Each has `step`, `epoch` and `split` ("train", "validation", "validation_ema", "test") beside
+    its figures.
+    """
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Opens the file, dropping what was written after `last_step`, which comes again."""
+        kept = [r for r in read_metrics(path) if r["step"] <= last_step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.replace(path)
+        self._file = path.open("a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends a record; it survives the process from here on."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file, after the operating system has it on disk."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads ``metrics.jsonl``, without a last line that a kill cut short; [] if there is none."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class TensorBoard:
+    """Keeps TensorBoard events beside ``metrics.jsonl``, written by `alexnet_jax.tensorboard`.
+
+    Without TensorFlow it says so once and does nothing.
+    """
+
+    PATIENCE = 60.0  # seconds to wait at the end; importing TensorFlow may take ten
+
+    def __init__(self, folder: Path) -> None:
+        """Starts the process that writes what is appended to the metrics from now on."""
+        self._process: subprocess.Popen[bytes] | None = None
+        needs = ("tensorflow", "tensorboard")
+        missing = [name for name in needs if importlib.util.find_spec(name) is None]
+        if missing:
+            log.warning(
+                "%s is not installed, so there are no TensorBoard events; metrics.jsonl has "
+                "every figure.",
+                " and ".join(missing),
+            )
+            return
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
+        offset = (folder / "metrics.jsonl").stat().st_size
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "alexnet_jax.tensorboard", str(folder), str(offset)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+        )
+
+    def close(self) -> None:
+        """Returns when all is written; warns if it could not be, for the metrics are safe."""
+        if self._process is None:
+            return
+        try:
+            self._process.communicate(timeout=self.PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.returncode:
+            self._errors.seek(0)
+            last = self._errors.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
+            log.warning(
+                "TensorBoard events are incomplete (%s); metrics.jsonl has every figure.", last
+            )
+        self._errors.close()
+
+
+class Progress:
+    """Tells a person how far a run is: a bar on a terminal, a line now and then elsewhere."""
+
+    PLAIN_SECONDS = 60.0
+
+    def __init__(self, total_steps: int, step: int, batch_size: int) -> None:
+        self._total = total_steps
+        self._batch_size = batch_size
+        self._first, self._start = step, time.monotonic()
+        self._said = self._start
+        self._bar = tqdm(
+            total=total_steps,
+            initial=step,
+            unit="step",
+            desc="train",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+
+    def update(self, record: dict[str, Any]) -> None:
+        """Shows the figures of a train record."""
+        figures = (
+            f"loss {record['loss']:.3f}, accuracy {record['accuracy']:.1%}, "
+            f"{record['images_per_second']:,.0f} images/s"
+        )
+        self._bar.set_postfix_str(figures, refresh=False)
+        self._bar.update(record["step"] - self._bar.n)
+        now = time.monotonic()
+        if self._bar.disable and now - self._said >= self.PLAIN_SECONDS:
+            self._said = now
+            log.info(
+                "step %s of %s: %s, %s left",
+                f"{record['step']:,}",
+                f"{self._total:,}",
+                figures,
+                duration(self.seconds_left(record["step"])),
+            )
+
+    def seconds_left(self, step: int) -> float:
+        """Estimates the time to the last step from the pace since the start."""
+        pace = (time.monotonic() - self._start) / max(1, step - self._first)
+        return pace * (self._total - step)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Formats seconds as "1:02:03"."""
+    return tqdm.format_interval(seconds)
+
+
+class _TerminalHandler(logging.Handler):
+    """Writes messages above the progress bar, where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def log_to_terminal() -> None:
+    """Shows the package's messages on standard error."""
+    package = logging.getLogger("alexnet_jax")
+    if not any(isinstance(handler, _TerminalHandler) for handler in package.handlers):
+        package.addHandler(_TerminalHandler())
+    package.setLevel(logging.INFO)
+    package.propagate = False
+    # absl lets every library talk at INFO, such as JAX of the backends that it did not find.
+    logging.getLogger("jax").setLevel(logging.WARNING)
+
+
+def log_to_file(path: Path) -> logging.Handler:
+    """Appends the package's messages, with the time, to a file; returns its handler."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("alexnet_jax").addHandler(handler)
+    return handler
