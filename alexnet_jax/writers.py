@@ -107,9 +107,8 @@ class Progress:
 
     PLAIN_SECONDS = 60.0
 
-    def __init__(self, total_steps: int, step: int, batch_size: int) -> None:
+    def __init__(self, total_steps: int, step: int) -> None:
         self._total = total_steps
-        self._batch_size = batch_size
         self._first, self._start = step, time.monotonic()
         self._said = self._start
         self._bar = tqdm(
@@ -151,6 +150,66 @@ class Progress:
         self._bar.close()
 
 
+class RunWriter:
+    """All that a run tells while it trains: the metrics file, TensorBoard, and the progress."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        step: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        seconds_before: float,
+        tensorboard: bool,
+    ) -> None:
+        """Opens everything.
+
+        Args:
+            folder: The run folder.
+            step: Where the run stands; what was written of later steps is dropped.
+            total_steps: Where it ends.
+            steps_per_epoch: To tell the epoch of a step.
+            seconds_before: Spent on training in earlier sessions.
+            tensorboard: Whether to write TensorBoard events.
+        """
+        self._steps_per_epoch = steps_per_epoch
+        self._metrics = MetricsFile(folder / "metrics.jsonl", last_step=step)
+        self._tensorboard = TensorBoard(folder) if tensorboard else None
+        self.progress = Progress(total_steps, step)
+        self._seconds_before = seconds_before
+        self._start = self._lap = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Spent on training in all sessions."""
+        return self._seconds_before + time.monotonic() - self._start
+
+    def trained(self, step: int, images: int, figures: dict[str, float]) -> None:
+        """Tells of the steps up to `step`, which trained on `images`, with their mean figures."""
+        now = time.monotonic()
+        seconds, self._lap = max(now - self._lap, 1e-9), now
+        record = self._record(step, "train", figures)
+        record |= {"images": images, "images_per_second": images / seconds}
+        self._metrics.write(record)
+        self.progress.update(record)
+
+    def measured(self, step: int, split: str, figures: dict[str, float]) -> None:
+        """Tells of an evaluation on `split`; what it took is not counted as training pace."""
+        self._metrics.write(self._record(step, split, figures))
+        self._lap = time.monotonic()
+
+    def _record(self, step: int, split: str, figures: dict[str, float]) -> dict[str, Any]:
+        return {"step": step, "epoch": step / self._steps_per_epoch, "split": split, **figures}
+
+    def close(self) -> None:
+        """Returns when everything is written."""
+        self.progress.close()
+        self._metrics.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+
 def duration(seconds: float) -> str:
     """Formats seconds as "1:02:03"."""
     return tqdm.format_interval(seconds)
@@ -178,5 +237,7 @@ def log_to_file(path: Path) -> logging.Handler:
     """Appends the package's messages, with the time, to a file; returns its handler."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger("alexnet_jax").addHandler(handler)
+    package = logging.getLogger("alexnet_jax")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)  # also where no program has set up the terminal
     return handler

@@ -1,0 +1,22 @@
+"""Strict settings for all tests: eight devices, no silent broadcasting, warnings are errors."""
+
+import tempfile
+
+import jax
+import pytest
+
+# Before the backend starts. Tests that need fewer devices make a mesh of some of them.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests compile the same program; the folder goes when the tests end.
+_CACHE = tempfile.TemporaryDirectory(prefix="alexnet_jax_tests_")
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture
+def strict_dtypes():
+    """No silent promotion of dtypes; not for all tests, as Optax and CLU rely on it."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield

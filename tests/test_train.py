@@ -1,0 +1,317 @@
+"""Whole runs on the digits, with a tiny network: results, resume, devices, and what may go wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from alexnet_jax import parallel, train, writers
+from alexnet_jax.config import default_config, flatten
+from alexnet_jax.data.sources import Source, load_source
+from alexnet_jax.errors import Diverged, InputError, Interrupted
+from alexnet_jax.train import train_and_evaluate
+
+pytestmark = [
+    # Orbax and TensorStore leave their event loops to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def config(data_dir):
+    return tiny_config(data_dir)
+
+
+def tiny_config(data_dir):
+    config = default_config()
+    config.data.name = "digits"
+    config.data.data_dir = data_dir
+    config.data.image_size = 8
+    config.augment.crop_padding = 1
+    config.augment.flip = False
+    config.model.features = (8, 8, 8, 8, 8)
+    config.model.hidden = (16, 16)
+    config.model.norm = "batch"
+    config.model.dropout = 0.1
+    config.optimizer.learning_rate = 1e-2
+    config.train.batch_size = 128
+    config.train.epochs = 3
+    config.train.ema_decay = 0.5
+    config.train.eval_batch_size = 100
+    config.writers.tensorboard = False
+    return config
+
+
+def records(folder, *, timeless=True):
+    found = writers.read_metrics(folder / "metrics.jsonl")
+    if timeless:
+        for record in found:
+            record.pop("images_per_second", None)
+    return found
+
+
+def saved_arrays(folder, step):
+    handler = ocp.CheckpointManager((folder / "checkpoints").absolute())
+    restore = ocp.args.StandardRestore()
+    found = handler.restore(step, args=ocp.args.Composite(params=restore, rest=restore))
+    return jax.tree.leaves({"params": found.params, "rest": found.rest})
+
+
+def assert_same_run(one, other, step):
+    arrays, others = saved_arrays(one, step), saved_arrays(other, step)
+    assert len(arrays) > 50
+    for array, its_twin in zip(arrays, others, strict=True):
+        np.testing.assert_array_equal(array, its_twin)
+    assert records(one) == records(other)
+
+
+@pytest.fixture(scope="session")
+def whole_run(data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    results = train_and_evaluate(tiny_config(data_dir), folder)
+    return folder, results
+
+
+def test_a_run_learns_and_leaves_its_files(whole_run):
+    folder, results = whole_run
+    assert results["test_ema"]["accuracy"] > 0.25  # chance is 0.1, and the run is short
+    assert results["step"] == 30
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert np.sum(results["test"]["confusion"]) == 360
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "Going on" not in (folder / "log.txt").read_text()
+    info = json.loads((folder / "dataset.json").read_text())
+    assert info["images"] == {"train": 1295, "validation": 142, "test": 360}
+    steps = [r["step"] for r in records(folder) if r["split"] == "train"]
+    assert steps == list(range(1, 31))
+    assert [r["step"] for r in records(folder) if r["split"] == "validation"] == [10, 20, 30]
+    assert [r["split"] for r in records(folder)][-2:] == ["test", "test_ema"]
+
+
+def test_results_are_those_of_the_checkpoint(whole_run, config):
+    """The accuracy on file is that of the saved weights, counted here image by image."""
+    folder, results = whole_run
+    info = json.loads((folder / "dataset.json").read_text())
+    images, labels = load_source(config.data, "test").read_all()
+    found = ocp.CheckpointManager((folder / "checkpoints").absolute()).restore(
+        30,
+        args=ocp.args.Composite(params=ocp.args.StandardRestore(), rest=ocp.args.StandardRestore()),
+    )
+    scaled = (images / 255 - np.array(info["mean"])) / np.array(info["deviation"])
+    model = train.create_model(config.model, 10)
+    variables = {"params": found.params, **found.rest["model_state"]}
+    logits = model.apply(variables, scaled.astype(np.float32), train=False)
+    assert np.mean(np.argmax(logits, -1) == labels) == pytest.approx(results["test"]["accuracy"])
+
+
+def test_a_finished_run_says_so_and_reads_nothing(whole_run, config, monkeypatch, caplog):
+    folder, results = whole_run
+    monkeypatch.setattr(train, "load_data", None)
+    with caplog.at_level("INFO", "alexnet_jax"):
+        assert train_and_evaluate(config, folder) == results
+    assert "finished" in caplog.text
+
+
+def test_the_test_set_is_read_once_and_last(config, tmp_path, monkeypatch):
+    log = []
+    read_all, evaluate = Source.read_all, train.evaluate
+    monkeypatch.setattr(
+        Source, "read_all", lambda self, *a: log.append(self.name) or read_all(self, *a)
+    )
+    monkeypatch.setattr(train, "evaluate", lambda *a: log.append("measure") or evaluate(*a))
+    config.train.epochs = 1
+    config.train.ema_decay = 0.0
+    train_and_evaluate(config, tmp_path / "run")
+    assert log == ["digits train", "measure", "digits test", "measure", "measure"]
+
+
+@pytest.mark.parametrize("stop_at", [7, 14])
+def test_stopped_by_sigterm_and_resumed_is_bit_equal(
+    whole_run, config, tmp_path, monkeypatch, stop_at
+):
+    update = writers.Progress.update
+
+    def stop_then_update(self, record):
+        if record["step"] == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(self, record)
+
+    monkeypatch.setattr(writers.Progress, "update", stop_then_update)
+    with pytest.raises(Interrupted) as stop:
+        train_and_evaluate(config, tmp_path / "run")
+    assert stop.value.step % 10  # in the middle of an epoch
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.undo()
+    train_and_evaluate(config, tmp_path / "run")
+    assert_same_run(whole_run[0], tmp_path / "run", 30)
+
+
+def run_python(code, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_killed_and_resumed_is_bit_equal(whole_run, config, tmp_path):
+    code = """
+        import os, signal, sys
+        import jax
+        jax.config.update("jax_num_cpu_devices", 8)
+        from alexnet_jax import writers
+        from alexnet_jax.config import default_config
+        from alexnet_jax.train import train_and_evaluate
+        config = default_config()
+        config.update_from_flattened_dict(eval(sys.argv[2]))
+        update = writers.Progress.update
+        def update_then_die(self, record):
+            update(self, record)
+            if record["step"] == 24:
+                os.kill(os.getpid(), signal.SIGKILL)
+        writers.Progress.update = update_then_die
+        train_and_evaluate(config, sys.argv[1])
+    """
+    folder = tmp_path / "run"
+    killed = run_python(code, folder, repr(dict(flatten(config))))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert records(folder)[-1]["step"] == 24
+    train_and_evaluate(config, folder)
+    assert "Going on from step 20 of 30" in (folder / "log.txt").read_text()
+    assert_same_run(whole_run[0], folder, 30)
+
+
+def test_saves_between_epochs_change_nothing(whole_run, config, tmp_path):
+    config.checkpoint.every_seconds = 1e-6
+    train_and_evaluate(config, tmp_path / "run")
+    assert_same_run(whole_run[0], tmp_path / "run", 30)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_number_of_devices_does_not_change_the_run(
+    whole_run, config, tmp_path, monkeypatch, devices
+):
+    """Dropout, augmentation and batch statistics included."""
+    monkeypatch.setattr(
+        train.parallel, "make_mesh", lambda make=parallel.make_mesh: make(jax.devices()[:devices])
+    )
+    train_and_evaluate(config, tmp_path / "run")
+    for one, other in zip(records(whole_run[0]), records(tmp_path / "run"), strict=True):
+        if one["step"] <= 10:  # rounding grows with the steps, as between any two machines
+            assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert one.keys() == other.keys()
+
+
+def test_steps_per_dispatch_changes_only_the_records(whole_run, config, tmp_path):
+    config.train.steps_per_dispatch = 4
+    results = train_and_evaluate(config, tmp_path / "run")
+    steps = [r["step"] for r in records(tmp_path / "run") if r["split"] == "train"]
+    assert steps == [4, 8, 10, 14, 18, 20, 24, 28, 30]
+    assert results["test"]["loss"] == pytest.approx(whole_run[1]["test"]["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer.name": "adamw", "optimizer.weight_decay": 0.01, "train.label_smoothing": 0.1},
+        {"optimizer.name": "sgd", "optimizer.clip_norm": 1.0, "optimizer.accumulate_steps": 2},
+        {"data.validation_fraction": 0.0, "train.ema_decay": 0.0, "model.norm": "none"},
+        {"model.dtype": "bfloat16", "optimizer.schedule": "step", "augment.crop_padding": 0},
+    ],
+)
+def test_options_run(config, tmp_path, changes):
+    config.train.epochs = 1
+    config.update_from_flattened_dict(changes)
+    results = train_and_evaluate(config, tmp_path / "run")
+    assert np.isfinite(results["test"]["loss"])
+    assert ("validation" in results) == (config.data.validation_fraction > 0)
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(config, tmp_path):
+    config.model.norm = "none"
+    config.optimizer.name = "sgd"
+    config.optimizer.schedule = "step"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.step_epochs = (1,)
+    config.optimizer.step_factor = 1e25
+    with pytest.raises(Diverged, match=r"at step 1\d, with a learning rate of 1e\+22"):
+        train_and_evaluate(config, tmp_path / "run")
+    for array in saved_arrays(tmp_path / "run", 10):
+        if array.dtype == np.float32:
+            assert np.isfinite(array).all()
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(config, tmp_path):
+    config.train.batch_size = 100
+    with pytest.raises(InputError, match="100, which 8 devices .* 96 or 104"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_larger_than_the_data_is_refused(config, tmp_path):
+    config.train.batch_size = 1304
+    with pytest.raises(InputError, match="1304; digits has 1,295 images"):
+        train_and_evaluate(config, tmp_path / "run")
+
+
+def test_another_architecture_is_refused(config, tmp_path):
+    """Even where someone has edited the config on file to agree."""
+    config.train.epochs = 1
+    train_and_evaluate(config, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    config.model.hidden = (16, 24)
+    path = tmp_path / "run" / "config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {"model.hidden": [16, 24]}))
+    with pytest.raises(
+        InputError, match=r"params/fc2/bias is float32\[16\] there and float32\[24\]"
+    ):
+        train_and_evaluate(config, tmp_path / "run")
+
+
+def test_import_and_run_without_tensorflow(config, tmp_path):
+    code = """
+        import importlib.machinery, sys
+        class Hiding:
+            "Finds every module but TensorFlow's, as if it were not installed."
+            @staticmethod
+            def find_spec(name, path=None, target=None):
+                if name.split(".")[0] in ("tensorflow", "tensorboard"):
+                    return None
+                return importlib.machinery.PathFinder.find_spec(name, path, target)
+            find_distributions = importlib.machinery.PathFinder.find_distributions
+            invalidate_caches = staticmethod(lambda: None)
+        finders = sys.meta_path
+        finders[finders.index(importlib.machinery.PathFinder)] = Hiding
+        import alexnet_jax
+        from alexnet_jax import main
+        sys.argv = ["main", *sys.argv[1:]]
+        main.run()
+    """
+    changes = [
+        "--config=configs/digits.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.data_dir={tmp_path / 'data'}",  # to be prepared without it, too
+        "--config.train.epochs=1",
+        "--config.model.features=(4,4,4,4,4)",
+        "--config.model.hidden=(8,8)",
+    ]
+    done = run_python(code, *changes)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("tensorflow and tensorboard is not installed") == 1
+    assert (tmp_path / "run" / "results.json").exists()
+    assert not list((tmp_path / "run").glob("events*"))
