@@ -6,6 +6,7 @@ options of a network are the fields of its linen class, so that they too stand i
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -104,6 +105,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.schedule": _one_of("constant", "cosine", "linear", "step"),
     "optimizer.warmup_epochs": _at_least(0),
     "optimizer.final_fraction": ((lambda value: 0 <= value <= 1), "between 0 and 1"),
+    "optimizer.step_epochs": (
+        (lambda value: all(epoch > 0 for epoch in value)),
+        "epochs greater than 0",
+    ),
     "optimizer.step_factor": _POSITIVE,
     "optimizer.b1": _FRACTION,
     "optimizer.b2": _FRACTION,
@@ -133,14 +138,20 @@ def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def unknown_key_message(key: str, config: ConfigDict) -> str:
     """Says that `key` is no option and names those that it may have been meant to be."""
-    known = [name for name, _ in flatten(config)]
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    if not near:  # the right name in the wrong section, or a section alone
-        last = key.rsplit(".", 1)[-1]
-        near = [name for name in known if last in name.split(".")]
-    hint = (
-        f"did you mean {' or '.join(near)}?" if near else f"the sections are {', '.join(config)}."
-    )
+    section, _, last = key.rpartition(".")
+    options = {name: name.rpartition(".")[2] for name, _ in flatten(config)}
+    near = [name for name, option in options.items() if option == last]  # in the wrong section
+    if not near:
+        close = difflib.get_close_matches(last, options.values())
+        near = [name for name, option in options.items() if option in close]
+    near = [name for name in near if section and name.startswith(f"{section}.")] or near
+    sections = difflib.get_close_matches(section or last, list(config), n=1)
+    if near:
+        hint = f"did you mean {' or '.join(f'config.{name}' for name in near)}?"
+    elif sections and isinstance(config[sections[0]], ConfigDict):
+        hint = f"the options of {sections[0]} are {', '.join(config[sections[0]])}."
+    else:
+        hint = f"the sections are {', '.join(config)}."
     return f"config.{key} is not an option; {hint}"
 
 
@@ -153,7 +164,8 @@ def validate(config: ConfigDict) -> None:
     Raises:
         InputError: Names the first option found wrong, its value, and what would be right.
     """
-    name = config.get("model", {}).get("name")
+    model = config.get("model")
+    name: Any = model.get("name") if isinstance(model, ConfigDict) else None
     reference = dict(flatten(default_config(name)))
     given = dict(flatten(config))
     for key in given:
@@ -162,7 +174,7 @@ def validate(config: ConfigDict) -> None:
     for key, default in reference.items():
         if key not in given:
             raise InputError(f"config.{key} is missing; its default is {default!r}.")
-        _check_type(key, given[key], default)
+        check_type(key, given[key], default)
         if key in _RULES:
             test, right = _RULES[key]
             if not test(given[key]):
@@ -171,20 +183,29 @@ def validate(config: ConfigDict) -> None:
     check_model(config.model, config.data.image_size)
 
 
-def _check_type(key: str, value: Any, default: Any) -> None:
+def check_type(key: str, value: Any, default: Any) -> None:
+    """Refuses a value of another type than the option's default; an int may stand for a float.
+
+    Raises:
+        InputError: Names the option, its value, and what would be right.
+    """
     wanted = type(default)
     if wanted is float and type(value) is int:
         return
     if type(value) is not wanted:
         raise InputError(
-            f"config.{key} is {value!r}, a {type(value).__name__}; "
-            f"it must be a {wanted.__name__} such as {default!r}."
+            f"config.{key} is {value!r}, {_a(type(value))}; "
+            f"it must be {_a(wanted)} such as {default!r}."
         )
-    if wanted is float and value != value:
-        raise InputError(f"config.{key} is {value!r}; it must be a number.")
+    if wanted is float and not math.isfinite(value):
+        raise InputError(f"config.{key} is {value!r}; it must be a finite number.")
     if wanted is tuple and default:
-        for item in value:
-            _check_type(f"{key}[{value.index(item)}]", item, default[0])
+        for i, item in enumerate(value):
+            check_type(f"{key}[{i}]", item, default[0])
+
+
+def _a(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'aeiou' else 'a'} {kind.__name__}"
 
 
 def _check_together(config: ConfigDict) -> None:

@@ -4,17 +4,21 @@ The same command goes on where an interrupted run stopped. Exit codes: 0 finishe
 3 the loss diverged, 75 interrupted and saved.
 """
 
+import difflib
+import itertools
 import re
+import runpy
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import writers
-from alexnet_jax.config import flatten, unknown_key_message
+from alexnet_jax.config import check_type, default_config, flatten, unknown_key_message
 from alexnet_jax.errors import Diverged, InputError, Interrupted
 
 EXIT_BAD_INPUT = 2
@@ -38,35 +42,86 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 
 def _checked_parse(arguments: list[str]) -> list[str]:
-    path = next(
-        (a.split("=", 1)[1] for a in arguments if re.match(r"--?config=", a)),
-        None,
-    )
-    if path is None and not any(re.match(r"--?(config$|help)", a) for a in arguments):
+    paths = [a.split("=", 1)[1] for a in arguments if re.match(r"--?config=", a)]
+    pairs = itertools.pairwise(arguments)
+    paths += [value for name, value in pairs if name in ("--config", "-config")]
+    if any(re.fullmatch(r"--?(h|\?|help(short|full)?)", a) for a in arguments):
+        print(_help(paths[0] if paths else None))
+        sys.exit(0)
+    if not paths:
         raise InputError(f"--config is missing; name a config file{_known_configs()}.")
-    if path is not None and not Path(path.split(":", 1)[0]).is_file():
-        raise InputError(f"--config={path} is not a file; name a config file{_known_configs()}.")
+    if len(paths) > 1:
+        raise InputError(f"--config is given twice, {' and '.join(paths)}; name one config file.")
+    config = _load_config(paths[0])
+    options = dict(flatten(config))
+    for argument in arguments:
+        match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        if match and match[1] in config and match[1] not in options:
+            raise InputError(
+                f"config.{match[1]} is a section; set its options one by one, such as "
+                f"--config.{next(key for key in options if key.startswith(f'{match[1]}.'))}=..."
+            )
+        if match and match[1] not in options:
+            raise InputError(unknown_key_message(match[1], config))
     try:
         rest = flags.FLAGS(arguments)
-    except (AttributeError, KeyError) as error:
-        raise InputError(_unknown_option(arguments, error)) from None
-    except (flags.Error, TypeError, ValueError, OSError) as error:
-        raise InputError(str(error).strip().replace("\n", " ")) from None
+    except flags.UnrecognizedFlagError as error:
+        near = [f"--config.{key}" for key in options if f".{key}".endswith(f".{error.flagname}")]
+        near += [f"--{key}" for key in difflib.get_close_matches(error.flagname, ["workdir"])]
+        hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the options."
+        raise InputError(f"--{error.flagname} is no option; {hint}") from None
+    except flags.IllegalFlagValueError as error:
+        match = re.match(r"flag --config\.([^=]+)=(.*?): ", str(error), re.DOTALL)
+        if match:
+            check_type(match[1], match[2], options[match[1]])
+        raise InputError(_one_line(error)) from None
+    except (flags.Error, ValueError, TypeError) as error:
+        raise InputError(_one_line(error)) from None
     if len(rest) > 1:
         raise InputError(f"{rest[1]!r} is no option; options begin with --.")
+    if _WORKDIR.value == "":
+        raise InputError("--workdir is empty; name a folder, or leave it out.")
     return rest
 
 
-def _unknown_option(arguments: list[str], error: Exception) -> str:
-    """Finds the option that the config does not have, for absl's error does not name it whole."""
-    path = next(a.split("=", 1)[1] for a in arguments if re.match(r"--?config=", a))
-    config = config_flags.config_flags.ConfigFileFlagParser("config").parse(path)
-    known = dict(flatten(config))
-    for argument in arguments:
-        match = re.match(r"--(?:no)?config\.([^=]+)", argument)
-        if match and match[1] not in known:
-            return unknown_key_message(match[1], config)
-    return f"{path} could not be read: {type(error).__name__}: {error}"
+def _load_config(path: str) -> ConfigDict:
+    """Reads a config file before absl does, whose errors about it are tracebacks."""
+    file, *argument = path.split(":", 1)
+    if not Path(file).is_file():
+        raise InputError(f"--config={path} is not a file; name a config file{_known_configs()}.")
+    try:
+        get_config = runpy.run_path(file).get("get_config")
+        config = get_config(*argument) if get_config else None
+    except (Exception, SystemExit) as error:  # it is a person's program, and may raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f", line {f.lineno}," for f in frames[::-1] if f.filename == file), "")
+        what = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        raise InputError(f"{path}{line} cannot be used: {what}{_one_line(error)}") from None
+    if not isinstance(config, ConfigDict):
+        raise InputError(
+            f"{path} has no function get_config() that returns a ConfigDict; "
+            f"write it as in an example{_known_configs()}."
+        )
+    return config
+
+
+def _help(path: str | None) -> str:
+    config = default_config() if path is None else _load_config(path)
+    return "\n".join(
+        [
+            f"{__doc__}".replace("``", ""),
+            "  --config=FILE      the config file",
+            "  --workdir=FOLDER   the run folder; by default runs/<name of the config file>",
+            "",
+            f"Options and their values {f'in {path}' if path else 'by default'}; "
+            "alexnet_jax/config.py says what each means:",
+            *(f"  --config.{key}={shlex.quote(str(value))}" for key, value in flatten(config)),
+        ]
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _known_configs() -> str:

@@ -50,8 +50,11 @@ def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     drawing = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     drawing.suptitle(title)
     for axes, name in zip(drawing.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split, (epochs, values) in sorted(epoch_curves(records, name).items()):
-            label, colour = _STYLES[split]
+        curves = epoch_curves(records, name)
+        for split, (label, colour) in _STYLES.items():
+            if split not in curves:
+                continue
+            epochs, values = curves[split]
             marker = "o" if len(epochs) == 1 else "."  # a line of one point would be invisible
             axes.plot(epochs, values, color=colour, label=label, marker=marker)
         axes.set_xlabel("epoch")
@@ -59,7 +62,8 @@ def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:  # else Matplotlib warns of an empty legend
+            axes.legend()
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     drawing.savefig(path)
 

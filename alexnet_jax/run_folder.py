@@ -34,13 +34,16 @@ def read_json(path: Path) -> Any:
     """Reads a file of the run folder; None if it is not there.
 
     Raises:
-        InputError: It is there and is no JSON.
+        InputError: It is there and is no JSON object.
     """
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+        return value
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{path} is damaged ({error}); put back a copy, or use another --workdir."
         ) from None
@@ -59,17 +62,18 @@ def open_run_folder(workdir: Path, config: ConfigDict) -> Path:
     Raises:
         InputError: It is a file, cannot be written, holds something else, or another run.
     """
-    folder = workdir.expanduser().absolute()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--workdir={workdir} is a file; name a folder.")
     try:
+        folder = workdir.expanduser().absolute()
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"--workdir={workdir} is a file; name a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~name of nobody
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"--workdir={workdir} cannot be written ({error.strerror}); name a folder that can."
+            f"--workdir={workdir} cannot be written ({reason}); name a folder that can."
         ) from None
     before = read_json(folder / CONFIG)
     # Through JSON, so that both sides have lists for tuples.

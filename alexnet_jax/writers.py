@@ -70,8 +70,7 @@ class TensorBoard:
         missing = [name for name in needs if importlib.util.find_spec(name) is None]
         if missing:
             log.warning(
-                "%s is not installed, so there are no TensorBoard events; metrics.jsonl has "
-                "every figure.",
+                "There are no TensorBoard events, for want of %s; metrics.jsonl has every figure.",
                 " and ".join(missing),
             )
             return
@@ -97,7 +96,8 @@ class TensorBoard:
             self._errors.seek(0)
             last = self._errors.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
             log.warning(
-                "TensorBoard events are incomplete (%s); metrics.jsonl has every figure.", last
+                "TensorBoard events are incomplete (%s); metrics.jsonl has every figure.",
+                last or f"exit code {self._process.returncode}",
             )
         self._errors.close()
 

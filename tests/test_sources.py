@@ -19,7 +19,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from alexnet_jax.data import prepare
+from alexnet_jax.data import downloads, prepare
 from alexnet_jax.data.sources import load_source
 from alexnet_jax.errors import InputError
 
@@ -352,13 +352,13 @@ def test_only_missing_files_are_asked_for(tmp_path, no_network, monkeypatch):
     builder = tfds.builder("mnist", data_dir=tmp_path)
     urls = list(builder.url_infos)
     assert len(urls) == 4
-    monkeypatch.setattr(prepare, "_is_cached", lambda url, *_: url != urls[1])
+    monkeypatch.setattr(downloads, "_is_cached", lambda url, *_: url != urls[1])
     with pytest.raises(InputError) as caught:
-        prepare._check_downloads(builder, tmp_path / "downloads")
+        downloads.check_downloads(builder, tmp_path / "downloads")
     assert [url in str(caught.value) for url in urls] == [False, True, False, False]
     assert "prepare_data" not in str(caught.value)
-    monkeypatch.setattr(prepare, "_is_cached", lambda *_: True)
-    prepare._check_downloads(builder, tmp_path / "downloads")
+    monkeypatch.setattr(downloads, "_is_cached", lambda *_: True)
+    downloads.check_downloads(builder, tmp_path / "downloads")
 
 
 def test_the_download_cache_is_recognised(tmp_path):
@@ -368,10 +368,10 @@ def test_the_download_cache_is_recognised(tmp_path):
     builder = tfds.builder("cifar10", data_dir=tmp_path)
     ((url, info),) = builder.url_infos.items()
     file = tmp_path / "downloads" / "cifar10" / resource.get_dl_fname(url, info.checksum)
-    assert not prepare._is_cached(url, info.checksum, "cifar10", tmp_path / "downloads")
+    assert not downloads._is_cached(url, info.checksum, "cifar10", tmp_path / "downloads")
     file.parent.mkdir(parents=True)
     file.write_bytes(b"")
-    assert prepare._is_cached(url, info.checksum, "cifar10", tmp_path / "downloads")
+    assert downloads._is_cached(url, info.checksum, "cifar10", tmp_path / "downloads")
 
 
 def test_a_wrong_file_put_there_by_hand(tmp_path, no_network):
@@ -391,17 +391,17 @@ def test_a_host_that_answers_is_reachable(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/file"  # Answers 501: it knows no HEAD.
     monkeypatch.setattr(server.RequestHandlerClass, "log_message", lambda *_: None)
-    assert prepare._unreachable([url]) == {}
+    assert downloads._unreachable([url]) == {}
     server.shutdown()
     server.server_close()
-    assert "refused" in str(prepare._unreachable([url]))
+    assert "refused" in str(downloads._unreachable([url]))
 
 
 def test_a_host_that_is_silent_is_given_up(monkeypatch):
-    monkeypatch.setattr(prepare, "PROBE_SECONDS", 0.1)
-    monkeypatch.setattr(prepare, "_probe", lambda *_: time.sleep(1))
+    monkeypatch.setattr(downloads, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(downloads, "_probe", lambda *_: time.sleep(1))
     start = time.monotonic()
-    assert list(prepare._unreachable(["https://silent/file"])) == ["silent"]
+    assert list(downloads._unreachable(["https://silent/file"])) == ["silent"]
     assert time.monotonic() - start < 0.9
 
 
@@ -418,7 +418,7 @@ def test_failures_of_tfds_are_sentences(tmp_path, monkeypatch, error, message):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(prepare, "_check_downloads", lambda *_: None)
+    monkeypatch.setattr(prepare, "check_downloads", lambda *_: None)
     monkeypatch.setattr(tfds.core.GeneratorBasedBuilder, "_download_and_prepare", fail)
     with pytest.raises(InputError, match=message):
         load_source(config(tmp_path, "mnist"), "train")
@@ -461,7 +461,7 @@ def test_everything_works_without_tensorflow(tmp_path):
         + f"""
 from pathlib import Path
 import test_sources, test_prepare_data
-from alexnet_jax.data import prepare
+from alexnet_jax.data import downloads, prepare
 from alexnet_jax.data.sources import load_source
 
 tmp_path = Path({str(tmp_path)!r})
@@ -487,7 +487,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 import test_sources, test_prepare_data
-from alexnet_jax.data import prepare
+from alexnet_jax.data import downloads, prepare
 from alexnet_jax.data.sources import load_source
 from tensorflow_datasets.image_classification.cifar import Cifar10
 

@@ -16,10 +16,6 @@ import re
 import shutil
 import struct
 import sys
-import threading
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,11 +23,11 @@ from typing import Any
 from absl import logging
 from tqdm import tqdm
 
-from alexnet_jax.data import trees
+from alexnet_jax.data import tfrecord, trees
+from alexnet_jax.data.downloads import check_downloads
 from alexnet_jax.errors import InputError
 
 DIGITS = "digits"
-PROBE_SECONDS = 5.0
 
 _INFO = "dataset_info.json"
 _ANEW = "remove that folder, or choose another --config.data.data_dir, to prepare it anew"
@@ -180,7 +176,7 @@ def prepare_registered(name: str, data_dir: str, progress: bool = True) -> None:
     folder = Path(builder.data_dir)
     with _lone_writer(folder):
         if not is_prepared(folder):
-            _check_downloads(builder, root / "downloads")
+            check_downloads(builder, root / "downloads")
             _run(builder, root, bars=progress and sys.stderr.isatty())
 
 
@@ -225,7 +221,12 @@ def add_array_record(builder: Any, progress: bool = True) -> None:
                     target = file_adapters.convert_path_to_file_format(
                         source, file_adapters.FileFormat.ARRAY_RECORD
                     )
-                    _copy_records(Path(source), Path(target), count, bar)
+                    try:
+                        tfrecord.copy_records(Path(source), Path(target), count, bar)
+                    except (OSError, ValueError, RuntimeError, struct.error) as error:
+                        raise InputError(
+                            f"{source} cannot be converted ({error}); {_ANEW}."
+                        ) from error
         formats.append("array_record")
         # The new files count from here on; an interruption before this costs only time.
         unfinished = folder / f"unfinished.{_INFO}"
@@ -360,111 +361,6 @@ def _unknown_name(name: str, root: Path) -> str:
         f"did you mean {', '.join(near)}?" if near else "prepare it with scripts/prepare_data.py."
     )
     return f"There is no data set {name!r} in {root} or in TFDS; {hint}"
-
-
-def _check_downloads(builder: Any, downloads: Path) -> None:
-    """Verifies files put there by hand, and finds out early whether the others can be fetched."""
-    from alexnet_jax.data import builders
-
-    manual = downloads / "manual"
-    infos = builder.url_infos or {}
-    missing = {}
-    for url, info in infos.items():
-        by_hand = manual / (info.filename or "")
-        if info.filename and by_hand.is_file():
-            builders.check_sha256(by_hand, info.checksum, f"get it again from {url}")
-        elif not _is_cached(url, info.checksum, builder.name, downloads):
-            missing[url] = info
-    # Of several configs each needs only some of the files, and which, TFDS alone knows.
-    if not missing or (builder.builder_config is not None and len(missing) < len(infos)):
-        return
-    failures = _unreachable(list(missing))
-    if not failures:
-        return
-    wanted = [f"{url} ({info.size})" for url, info in missing.items()]
-    listed = ", ".join(wanted[:5]) + (f" and {len(wanted) - 5} more" if len(wanted) > 5 else "")
-    causes = ", ".join(f"{host} cannot be reached ({cause})" for host, cause in failures.items())
-    own_way = (
-        " (or run `python scripts/prepare_data.py FILE`, which takes the python archive too)"
-        if builder.name == "cifar10"
-        else ""
-    )
-    raise InputError(
-        f"{builder.name} cannot be downloaded, for {causes}; fetch {listed} on another machine, "
-        f"put it into {manual}{own_way}, and start the same command again."
-    )
-
-
-def _is_cached(url: str, checksum: str, name: str, downloads: Path) -> bool:
-    from tensorflow_datasets.core.download import resource
-
-    file = resource.get_dl_fname(url, checksum)
-    return any((folder / file).exists() for folder in (downloads / name, downloads))
-
-
-def _unreachable(urls: list[str]) -> dict[str, str]:
-    """Tries one address on each host, all at once; returns why for each host that fails.
-
-    The threads are daemons, as looking up a name can take longer than we, or an exit, will wait.
-    """
-    hosts = {urllib.parse.urlsplit(url).netloc: url for url in urls if url.startswith("http")}
-    failures = dict.fromkeys(hosts, f"no answer in {PROBE_SECONDS:.0f} s")
-    threads = [
-        threading.Thread(target=_probe, args=(host, url, failures), daemon=True)
-        for host, url in hosts.items()
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PROBE_SECONDS)
-    return dict(failures)
-
-
-def _probe(host: str, url: str, failures: dict[str, str]) -> None:
-    """Takes the host off `failures` if it answers, or notes there why it does not."""
-    try:
-        request = urllib.request.Request(url, method="HEAD")
-        # A new opener: the default one remembers the proxies of its first use.
-        urllib.request.build_opener().open(request, timeout=PROBE_SECONDS).close()
-    except urllib.error.HTTPError:
-        pass  # It answers; TFDS will see how it likes a GET.
-    except OSError as error:
-        failures[host] = str(getattr(error, "reason", error))
-        return
-    del failures[host]
-
-
-def _copy_records(source: Path, target: Path, expected: int, bar: tqdm) -> None:
-    """Copies a TFRecord file to an ArrayRecord file, which appears only when it is complete."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    unfinished = target.with_name(f"unfinished.{target.name}")
-    try:
-        writer = ArrayRecordWriter(str(unfinished), "group_size:1")
-        count = 0
-        for record in _tfrecords(source):
-            writer.write(record)
-            count += 1
-            bar.update()
-        writer.close()
-        if count != expected:
-            raise ValueError(f"it has {count} records, not {expected}")
-        unfinished.replace(target)
-    except (OSError, ValueError, RuntimeError, struct.error) as error:
-        raise InputError(f"{source} cannot be converted ({error}); {_ANEW}.") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _tfrecords(path: Path) -> Iterator[bytes]:
-    """Yields the records of a TFRecord file: length, its checksum, data, their checksum."""
-    with path.open("rb") as file:
-        while header := file.read(12):
-            (length,) = struct.unpack("<Q4x", header)
-            record = file.read(length)
-            if len(record) < length or len(file.read(4)) < 4:
-                raise ValueError("it is cut short")
-            yield record
 
 
 def _first_line(error: Exception) -> str:

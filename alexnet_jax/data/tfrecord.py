@@ -1,0 +1,52 @@
+"""From TFRecord, which is read front to back, to ArrayRecord, which is read at random.
+
+Both hold the same serialised examples, so copying them needs no TensorFlow.
+"""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+def copy_records(source: Path, target: Path, expected: int, bar: tqdm) -> None:
+    """Copies a TFRecord file to an ArrayRecord file, which appears only when it is complete.
+
+    Args:
+        source: The TFRecord file.
+        target: The ArrayRecord file.
+        expected: How many records there should be.
+        bar: Is moved by one for each record.
+
+    Raises:
+        OSError, ValueError, RuntimeError, struct.error: The source is damaged or the target cannot
+            be written.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    unfinished = target.with_name(f"unfinished.{target.name}")
+    try:
+        writer = ArrayRecordWriter(str(unfinished), "group_size:1")
+        count = 0
+        for record in _tfrecords(source):
+            writer.write(record)
+            count += 1
+            bar.update()
+        writer.close()
+        if count != expected:
+            raise ValueError(f"it has {count} records, not {expected}")
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _tfrecords(path: Path) -> Iterator[bytes]:
+    """Yields the records of a TFRecord file: length, its checksum, data, their checksum."""
+    with path.open("rb") as file:
+        while header := file.read(12):
+            (length,) = struct.unpack("<Q4x", header)
+            record = file.read(length)
+            if len(record) < length or len(file.read(4)) < 4:
+                raise ValueError("it is cut short")
+            yield record

@@ -1,0 +1,132 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax.config import default_config
+from alexnet_jax.data.augment import (
+    channel_statistics,
+    create_augment,
+    create_normalize,
+    random_crop,
+    random_flip,
+)
+
+KEY = jax.random.key(0)
+PADDING = 2
+
+
+def noise(count, height=9, width=7, channels=3):
+    shape = (count, height, width, channels)
+    return np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+
+
+def windows(image):
+    """Each window that a crop may take of a padded image, by its corner."""
+    height, width, _ = image.shape
+    padded = np.pad(image, [(PADDING, PADDING), (PADDING, PADDING), (0, 0)], mode="reflect")
+    steps = range(2 * PADDING + 1)
+    return {(y, x): padded[y : y + height, x : x + width] for y in steps for x in steps}
+
+
+def corner(image, output):
+    """Of the one window that `output` equals."""
+    found = [at for at, window in windows(image).items() if np.array_equal(window, output)]
+    assert len(found) == 1
+    return found[0]
+
+
+def augment_section(**options):
+    config = default_config().augment
+    config.update(options)
+    return config
+
+
+def test_each_crop_is_a_window_of_the_reflected_image():
+    images = noise(500)
+    cropped = jax.jit(random_crop, static_argnums=2)(KEY, images, PADDING)
+    assert (cropped.shape, cropped.dtype) == (images.shape, np.uint8)
+    corners = [corner(*pair) for pair in zip(images, np.asarray(cropped), strict=True)]
+    # Each image has its own, any of the 25 as often as another: 20 times, give or take 4.4.
+    _, counts = np.unique(corners, axis=0, return_counts=True)
+    assert len(counts) == 25
+    assert 2 <= counts.min() < counts.max() <= 45
+
+
+def test_flips_mirror_half_of_the_images():
+    images = noise(400)
+    flipped = np.asarray(random_flip(KEY, images))
+    assert flipped.dtype == np.uint8
+    mirrored = np.array([not np.array_equal(*pair) for pair in zip(images, flipped, strict=True)])
+    np.testing.assert_array_equal(flipped[mirrored], images[mirrored][:, :, ::-1])
+    assert 150 < mirrored.sum() < 250  # 200, give or take 10
+
+
+@pytest.mark.parametrize("draw", [lambda k, x: random_crop(k, x, PADDING), random_flip])
+def test_draws_depend_on_the_key_alone(draw):
+    images = noise(50)
+    np.testing.assert_array_equal(draw(KEY, images), draw(KEY, images))
+    assert (draw(KEY, images) != draw(jax.random.key(1), images)).any()
+
+
+def test_augment_crops_then_flips():
+    images = noise(100)
+    augment = create_augment(augment_section(crop_padding=PADDING, flip=True))
+    outputs = np.asarray(jax.jit(augment)(KEY, images))
+    assert outputs.dtype == np.uint8
+    kinds = set()
+    for image, output in zip(images, outputs, strict=True):
+        mirrored = any(np.array_equal(w[:, ::-1], output) for w in windows(image).values())
+        kinds.add((mirrored, corner(image, output[:, ::-1] if mirrored else output)))
+    assert len(kinds) > 30  # of 50: flip and corner are drawn apart
+
+
+@pytest.mark.parametrize(("padding", "flip"), [(0, False), (0, True), (PADDING, False)])
+def test_each_augmentation_can_be_off(padding, flip):
+    images = noise(60)
+    augment = create_augment(augment_section(crop_padding=padding, flip=flip))
+    outputs = np.asarray(augment(KEY, images))
+    same = [np.array_equal(*pair) for pair in zip(images, outputs, strict=True)]
+    assert all(same) == (not padding and not flip)
+    if not padding:
+        flipped = images[:, :, ::-1]
+        assert ((outputs == images) | (outputs == flipped)).all()
+    if not flip:
+        for image, output in zip(images, outputs, strict=True):
+            corner(image, output)
+
+
+def test_channel_statistics_agree_with_numpy():
+    images = (noise(300) * np.array([1.0, 0.5, 0.1])).astype(np.uint8)
+    means, deviations = channel_statistics(images)
+    scaled = images.astype(np.float64) / 255
+    np.testing.assert_allclose(means, scaled.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(deviations, scaled.std((0, 1, 2)), rtol=1e-12)
+    assert {type(value) for value in means + deviations} == {float}
+
+
+def test_a_channel_that_never_changes_has_deviation_1():
+    images = noise(3, 5, 1)
+    for value in range(256):  # each, for the mean of some is rounded
+        images[..., 1] = value
+        means, deviations = channel_statistics(images)
+        assert means[1] == pytest.approx(value / 255)
+        assert deviations[1] == 1
+        assert deviations[0] != 1
+
+
+def test_normalize_agrees_with_numpy():
+    images = noise(20)
+    means, deviations = (0.5, 0.4, 0.1), (0.25, 0.2, 1.0)
+    outputs = create_normalize(means, deviations)(jnp.asarray(images))
+    assert outputs.dtype == jnp.float32
+    np.testing.assert_allclose(
+        outputs, (images.astype(np.float64) / 255 - means) / deviations, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_normalized_images_have_mean_0_and_deviation_1():
+    images = noise(100)
+    outputs = np.asarray(create_normalize(*channel_statistics(images))(jnp.asarray(images)))
+    np.testing.assert_allclose(outputs.mean((0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(outputs.std((0, 1, 2)), 1, rtol=1e-5)

@@ -1,0 +1,246 @@
+"""Options: what validate lets through, what it refuses, and whether it says why."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from alexnet_jax import config as config_module
+from alexnet_jax.config import (
+    FREE_KEYS,
+    default_config,
+    flatten,
+    unknown_key_message,
+    validate,
+)
+from alexnet_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+DEFAULTS = dict(flatten(default_config()))
+
+# For each rule, values that it must refuse.
+IMPOSSIBLE = {
+    "seed": (-1, 2**32),
+    "data.name": ("",),
+    "data.train_split": ("",),
+    "data.test_split": ("",),
+    "data.validation_fraction": (-0.1, 1.0),
+    "data.image_size": (7, 1025),
+    "augment.crop_padding": (-1,),
+    "optimizer.name": ("adamax", ""),
+    "optimizer.learning_rate": (0.0, -1e-3),
+    "optimizer.schedule": ("exponential",),
+    "optimizer.warmup_epochs": (-1.0,),
+    "optimizer.final_fraction": (-0.1, 1.1),
+    "optimizer.step_epochs": ((0, 10), (5, -1)),
+    "optimizer.step_factor": (0.0,),
+    "optimizer.b1": (-0.1, 1.0),
+    "optimizer.b2": (-0.1, 1.0),
+    "optimizer.eps": (0.0,),
+    "optimizer.momentum": (-0.1, 1.0),
+    "optimizer.weight_decay": (-1e-4,),
+    "optimizer.clip_norm": (-1.0,),
+    "optimizer.accumulate_steps": (0,),
+    "train.batch_size": (0,),
+    "train.epochs": (0,),
+    "train.label_smoothing": (-0.1, 1.0),
+    "train.ema_decay": (-0.1, 1.0),
+    "train.steps_per_dispatch": (-1,),
+    "train.eval_batch_size": (0,),
+    "checkpoint.every_seconds": (-1.0,),
+}
+
+
+def changed(**values):
+    """The default config with options set before ConfigDict can check or convert their types."""
+    options = default_config().to_dict()
+    for key, value in values.items():
+        section, _, name = key.rpartition("__")
+        (options[section] if section else options)[name] = value
+    return ConfigDict(options)
+
+
+def with_option(key, value):
+    return changed(**{key.replace(".", "__"): value})
+
+
+def refusal(config):
+    with pytest.raises(InputError) as caught:
+        validate(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_default_is_valid():
+    validate(default_config())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
+def test_every_config_file_is_valid(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    validate(module.get_config())
+    assert f"--config=configs/{path.name}" in module.__doc__, "it opens with its command"
+
+
+def test_an_unknown_model_is_refused_by_name():
+    with pytest.raises(InputError, match=r"'vgg'.*alexnet"):
+        default_config("vgg")
+    assert "'vgg'" in refusal(with_option("model.name", "vgg"))
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("optimizer.lerning_rate", "did you mean config.optimizer.learning_rate?"),
+        ("optimzer.learning_rate", "did you mean config.optimizer.learning_rate?"),
+        ("train.learning_rate", "did you mean config.optimizer.learning_rate?"),
+        ("learning_rate", "did you mean config.optimizer.learning_rate?"),
+        ("model.naem", "did you mean config.model.name?"),
+        ("optimizer.lr", "the options of optimizer are accumulate_steps, b1"),
+        ("nonsense", "the sections are augment, checkpoint"),
+        ("nonsense.nonsense", "the sections are augment, checkpoint"),
+    ],
+)
+def test_an_unknown_key_names_what_was_meant(key, hint):
+    message = unknown_key_message(key, default_config())
+    assert message.startswith(f"config.{key} is not an option; {hint}")
+
+
+def test_an_unknown_key_is_refused():
+    assert "config.optimizer.lr is not an option" in refusal(changed(optimizer__lr=0.1))
+    assert "config.lr is not an option" in refusal(changed(lr=0.1))
+    with pytest.raises(AttributeError):
+        default_config().optimizer.lr = 0.1
+
+
+def test_a_missing_key_is_refused():
+    config = changed()
+    del config.train.epochs
+    assert refusal(config) == "config.train.epochs is missing; its default is 20."
+    assert "config.model.name is None" in refusal(ConfigDict({"seed": 0}))
+    assert "config.model.name is None" in refusal(ConfigDict({"model": 3}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wrong", "right"),
+    [
+        ("train.epochs", "20", "'20', a str", "an int such as 20"),
+        ("train.epochs", True, "True, a bool", "an int"),
+        ("train.epochs", 2.0, "2.0, a float", "an int"),
+        ("augment.flip", 1, "1, an int", "a bool"),
+        ("data.name", 10, "10, an int", "a str such as 'cifar10'"),
+        ("data.name", None, "None, a NoneType", "a str"),
+        ("optimizer.learning_rate", "1e-3", "'1e-3', a str", "a float such as 0.001"),
+        ("optimizer.learning_rate", True, "True, a bool", "a float"),
+        ("model.hidden", 4096, "4096, an int", "a tuple"),
+        ("model.hidden", [4096], "[4096], a list", "a tuple"),
+    ],
+)
+def test_a_wrong_type_is_refused(key, value, wrong, right):
+    message = refusal(with_option(key, value))
+    assert message.startswith(f"config.{key} is {wrong}; it must be {right}")
+
+
+@pytest.mark.parametrize(
+    ("value", "wrong"),
+    [
+        ((8, 8, "8", 8, 8), "[2] is '8', a str"),
+        ((8, 8, 8, 8, 8.0), "[4] is 8.0, a float"),
+        ((1, True, 1, 1, 1), "[1] is True, a bool"),  # though True == 1, which is the first
+    ],
+)
+def test_a_wrong_type_in_a_tuple_is_refused_with_its_place(value, wrong):
+    assert refusal(with_option("model.features", value)).startswith(f"config.model.features{wrong}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("optimizer.learning_rate", 1), ("checkpoint.every_seconds", 60), ("model.hidden", ())],
+)
+def test_an_int_is_a_float_and_a_tuple_may_be_empty(key, value):
+    validate(with_option(key, value))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("key", [k for k, v in DEFAULTS.items() if type(v) is float])
+def test_only_finite_numbers(key, value):
+    assert f"config.{key} is {value}; it must be a finite number" in refusal(
+        with_option(key, value)
+    )
+
+
+def test_every_rule_is_tested():
+    assert config_module._RULES.keys() == IMPOSSIBLE.keys()
+    assert set(DEFAULTS) >= FREE_KEYS
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in IMPOSSIBLE.items() for value in values]
+)
+def test_an_impossible_value_is_refused(key, value):
+    right = config_module._RULES[key][1]
+    assert refusal(with_option(key, value)) == f"config.{key} is {value!r}; it must be {right}."
+
+
+def test_every_number_has_a_rule():
+    """An option without one would be found wrong only when the run has begun."""
+    numbers = {key for key, value in DEFAULTS.items() if type(value) in (int, float)}
+    without = numbers - config_module._RULES.keys()
+    assert all(key.startswith("model.") for key in without), without
+
+
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [
+        ({"optimizer__weight_decay": 0.1}, ("optimizer.weight_decay", "optimizer.name", "adamw")),
+        ({"optimizer__warmup_epochs": 20.0}, ("optimizer.warmup_epochs", "train.epochs, 20")),
+        ({"augment__crop_padding": 32}, ("augment.crop_padding", "data.image_size, 32")),
+    ],
+)
+def test_impossible_together_though_possible_alone(options, keys):
+    message = refusal(changed(**options))
+    assert all(key in message for key in keys)
+
+
+def test_possible_together():
+    validate(changed(optimizer__weight_decay=0.1, optimizer__name="adamw"))
+    validate(changed(optimizer__weight_decay=0.1, optimizer__name="sgd"))
+    validate(changed(optimizer__warmup_epochs=19.5, augment__crop_padding=31))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("model.dropout", 1.5, "config.model.dropout is 1.5; it must be at least 0"),
+        ("model.strides", (1, 1), r"config.model.strides is (1, 1); it must have one entry per"),
+        ("model.hidden", (0,), "config.model.hidden is (0,); it must be at least 1"),
+        ("model.norm", "layer", "config.model.norm is 'layer'; it must be one of none, batch"),
+        ("model.pool_window", 9, "images of 32x32 pixels are too small for this network"),
+        ("model.strides", (4, 4, 4, 1, 1), "images of 32x32 pixels are too small"),
+    ],
+)
+def test_the_network_refuses_its_own_options(key, value, says):
+    assert refusal(with_option(key, value)).startswith(says)
+
+
+def test_small_images_are_refused():
+    config = changed(data__image_size=8, model__pools=(True, True, True, True, True))
+    assert refusal(config).startswith("images of 8x8 pixels are too small")
+
+
+def test_every_option_is_read_somewhere():
+    """Finds `config.<name>` or `<section>.<name>` in the sources; a dead option lies."""
+    package = ROOT / "alexnet_jax"
+    paths = [path for path in package.rglob("*.py") if path.name != "config.py"]
+    sources = "".join(path.read_text() for path in paths)
+    for key in DEFAULTS:
+        section, _, name = key.rpartition(".")
+        holders = ["model", "self"] if section == "model" else []  # a field of a linen class
+        pattern = rf"\b({'|'.join(['config', section or 'config', *holders])})\.{name}\b"
+        quoted = rf"""for name in \([^)]*"{name}\""""  # read by getattr
+        assert re.search(pattern, sources) or re.search(quoted, sources), f"{key} is never read"

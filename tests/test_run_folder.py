@@ -1,0 +1,147 @@
+"""The run folder: who may go on in it, and files that are whole or not there."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from alexnet_jax.config import FREE_KEYS, default_config, flatten
+from alexnet_jax.errors import InputError
+from alexnet_jax.run_folder import open_run_folder, read_json, write_json
+
+
+def config(**changes):
+    config = default_config()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config
+
+
+def refusal(workdir, config):
+    with pytest.raises(InputError) as caught:
+        open_run_folder(workdir, config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_makes_a_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = open_run_folder(Path("runs/new"), config())
+    assert folder == tmp_path / "runs/new"
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved.keys() == dict(flatten(config())).keys()
+    assert saved["optimizer.learning_rate"] == 1e-3
+
+
+def test_knows_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_run_folder(Path("~/run"), config()) == tmp_path / "run"
+
+
+def test_an_empty_folder_will_do(tmp_path):
+    (tmp_path / ".hidden").touch()
+    open_run_folder(tmp_path, config())
+
+
+def test_the_same_config_goes_on(tmp_path):
+    open_run_folder(tmp_path, config(model__hidden=(8,)))
+    (tmp_path / "metrics.jsonl").touch()
+    before = (tmp_path / "config.json").read_bytes()
+    assert open_run_folder(tmp_path, config(model__hidden=(8,))) == tmp_path
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_another_config_is_refused_with_each_difference(tmp_path):
+    open_run_folder(tmp_path, config())
+    other = config(train__epochs=3, model__hidden=(8,), optimizer__learning_rate=0.5)
+    message = refusal(tmp_path, other)
+    assert (
+        "model.hidden was [4096, 4096] and is [8]; "
+        "optimizer.learning_rate was 0.001 and is 0.5; train.epochs was 20 and is 3."
+    ) in message
+    assert "--workdir" in message
+    assert "data.name" not in message
+    open_run_folder(tmp_path, config())  # and nothing has changed
+
+
+def test_a_key_of_another_version_is_a_difference(tmp_path):
+    open_run_folder(tmp_path, config())
+    saved = read_json(tmp_path / "config.json")
+    del saved["train.ema_decay"]
+    write_json(tmp_path / "config.json", saved | {"train.old": 1})
+    message = refusal(tmp_path, config())
+    assert "train.ema_decay was 'absent' and is 0.0; train.old was 1 and is 'absent'" in message
+
+
+def test_what_is_not_computed_may_differ(tmp_path):
+    open_run_folder(tmp_path, config())
+    others = {"data.data_dir": "/x", "checkpoint.every_seconds": 1.0, "writers.tensorboard": False}
+    assert others.keys() == FREE_KEYS
+    for key, value in others.items():
+        open_run_folder(tmp_path, config(**{key: value}))
+
+
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "is a file; name a folder" in refusal(tmp_path / "file", config())
+    assert "cannot be written" in refusal(tmp_path / "file" / "below", config())
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    message = refusal(tmp_path / "run", config())
+    assert message.endswith("cannot be written (Permission denied); name a folder that can.")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_folder_that_cannot_be_made_is_refused():
+    assert "cannot be written" in refusal(Path("/proc/run"), config())
+
+
+@pytest.mark.parametrize("name", ["~no-such-user/run", "x" * 300])
+def test_a_name_that_cannot_be_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert f"--workdir={name} cannot be written (" in refusal(Path(name), config())
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert "holds files but no config.json" in refusal(tmp_path, config())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("text", ["", '{"seed": 0', "[]", "3", "null", "\xff\xfe"])
+def test_a_damaged_config_is_refused(tmp_path, text):
+    open_run_folder(tmp_path, config())
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    message = refusal(tmp_path, config())
+    assert str(tmp_path / "config.json") in message
+    assert "damaged" in message
+    assert (tmp_path / "config.json").read_text(encoding="latin-1") == text
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_json(path, {"accuracy": 0.5})
+
+    def die(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {"accuracy": 0.9})
+    assert read_json(path) == {"accuracy": 0.5}
+    monkeypatch.undo()
+    write_json(path, {"accuracy": 0.9})  # what was left behind is in nobody's way
+    assert read_json(path) == {"accuracy": 0.9}
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_no_file_is_none(tmp_path):
+    assert read_json(tmp_path / "results.json") is None

@@ -1,0 +1,236 @@
+"""Where a run tells what happens: the metrics file, TensorBoard, the terminal, the log."""
+
+import importlib.util
+import json
+import logging
+import sys
+import time
+import types
+
+import pytest
+
+from alexnet_jax import tensorboard, writers
+from alexnet_jax.writers import MetricsFile, Progress, RunWriter, TensorBoard, read_metrics
+
+FIGURES = {"loss": 2.0, "accuracy": 0.25}
+
+
+def record(step, split="train", **figures):
+    return {"step": step, "epoch": step / 10, "split": split, **figures}
+
+
+def fill(path, *steps):
+    metrics = MetricsFile(path, last_step=0)
+    for step in steps:
+        metrics.write(record(step, loss=1.0))
+    metrics.close()
+
+
+def steps(path):
+    return [found["step"] for found in read_metrics(path)]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "metrics.jsonl"
+
+
+def test_metrics_are_there_as_soon_as_they_are_written(path):
+    assert read_metrics(path) == []
+    metrics = MetricsFile(path, last_step=0)
+    for step in (1, 2):
+        metrics.write(record(step, loss=0.1 + 0.2))
+        assert read_metrics(path)[-1] == record(step, loss=0.1 + 0.2)
+    metrics.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_reopening_drops_what_comes_again(path):
+    fill(path, 1, 2, 3, 4)
+    metrics = MetricsFile(path, last_step=2)
+    assert steps(path) == [1, 2]
+    metrics.write(record(3, split="again"))
+    metrics.close()
+    assert steps(path) == [1, 2, 3]
+    assert read_metrics(path)[-1]["split"] == "again"
+    assert [p.name for p in path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_reopening_keeps_the_order_of_equal_steps(path):
+    metrics = MetricsFile(path, last_step=0)
+    for split in ("train", "validation", "test"):
+        metrics.write(record(1, split))
+    metrics.close()
+    MetricsFile(path, last_step=1).close()
+    assert [found["split"] for found in read_metrics(path)] == ["train", "validation", "test"]
+
+
+@pytest.mark.parametrize("cut", ['{"step": 3, "epo', "{", "\0\0\0"])
+def test_a_half_written_last_line_is_dropped(path, cut):
+    fill(path, 1, 2)
+    with path.open("a") as file:
+        file.write(cut)
+    assert steps(path) == [1, 2]
+    metrics = MetricsFile(path, last_step=9)
+    metrics.write(record(3))
+    metrics.close()
+    assert steps(path) == [1, 2, 3]
+
+
+def read_events(folder, monkeypatch):
+    # Its presence tells TensorBoard to do without TensorFlow, which takes ten seconds to import.
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        tag: [(e.step, make_ndarray(e.tensor_proto).item()) for e in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+    }
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorBoard's own
+def test_tensorboard_shows_what_is_appended_from_now_on(path, monkeypatch):
+    fill(path, 1, 2)  # by an earlier session, which has written its own events
+    metrics = MetricsFile(path, last_step=2)
+    board = TensorBoard(path.parent)
+    metrics.write(record(3, loss=0.5, accuracy=0.25, images=128))
+    metrics.write(record(3, "validation", loss=0.75))
+    metrics.write(record(4, loss=0.125, accuracy=1.0, images=128))
+    metrics.close()
+    board.close()
+    assert read_events(path.parent, monkeypatch) == {
+        "train/loss": [(3, 0.5), (4, 0.125)],
+        "train/accuracy": [(3, 0.25), (4, 1.0)],
+        "validation/loss": [(3, 0.75)],
+    }
+
+
+def test_scalars_are_the_figures():
+    found = tensorboard.scalars(record(3, "test", loss=0.5, images=128))
+    assert found == {"test/loss": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        (("tensorflow",), "for want of tensorflow;"),
+        (("tensorboard", "tensorflow"), "for want of tensorflow and tensorboard;"),
+    ],
+)
+def test_without_tensorflow_it_says_so_once(path, monkeypatch, caplog, missing, says):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in missing else real(name)
+    )
+    fill(path, 1)
+    board = TensorBoard(path.parent)
+    board.close()
+    (warning,) = caplog.records
+    assert warning.levelno == logging.WARNING
+    assert says in warning.getMessage()
+    assert [p.name for p in path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_child_that_dies_costs_a_warning(path, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    fill(path, 1)
+    TensorBoard(path.parent).close()
+    (warning,) = caplog.records
+    assert "TensorBoard events are incomplete (exit code 1)" in warning.getMessage()
+
+
+def test_a_child_that_hangs_is_ended(path, monkeypatch, caplog):
+    sleeper = path.parent / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(sleeper))
+    monkeypatch.setattr(TensorBoard, "PATIENCE", 0.1)
+    fill(path, 1)
+    start = time.monotonic()
+    TensorBoard(path.parent).close()
+    assert time.monotonic() - start < 20
+    assert "TensorBoard events are incomplete" in caplog.text
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch, caplog, capsys):
+    caplog.set_level(logging.INFO, "alexnet_jax")
+    progress = Progress(total_steps=2000, step=0)
+    progress.update(record(1000, **FIGURES, images_per_second=12345.6))
+    assert caplog.text == ""
+    monkeypatch.setattr(Progress, "PLAIN_SECONDS", 0.0)
+    progress.update(record(1500, **FIGURES, images_per_second=12345.6))
+    progress.close()
+    (line,) = caplog.messages
+    assert line == ("step 1,500 of 2,000: loss 2.000, accuracy 25.0%, 12,346 images/s, 00:00 left")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_time_left_is_from_the_pace_of_this_session(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
+    progress = Progress(total_steps=300, step=100)
+    assert progress.seconds_left(100) == 0.0  # nothing is known yet
+    now[0] = 150.0
+    assert progress.seconds_left(200) == pytest.approx(50.0)
+    assert progress.seconds_left(300) == 0.0
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "00:00"), (59.6, "00:59"), (3723, "1:02:03")])
+def test_duration(seconds, text):
+    assert writers.duration(seconds) == text
+
+
+def test_run_writer_keeps_the_books(path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
+    writer = RunWriter(
+        path.parent,
+        step=10,
+        total_steps=40,
+        steps_per_epoch=20,
+        seconds_before=7.0,
+        tensorboard=False,
+    )
+    now[0] = 102.0
+    writer.trained(20, 100, FIGURES)
+    now[0] = 110.0
+    writer.measured(20, "validation", FIGURES)
+    now[0] = 111.0
+    writer.trained(30, 100, FIGURES)
+    assert writer.seconds == 18.0
+    writer.close()
+    first, measured, second = read_metrics(path)
+    assert first == {"step": 20, "epoch": 1.0, "split": "train", **FIGURES} | {
+        "images": 100,
+        "images_per_second": 50.0,
+    }
+    assert measured == {"step": 20, "epoch": 1.0, "split": "validation", **FIGURES}
+    assert second["images_per_second"] == 100.0  # the evaluation before does not count
+
+
+def test_log_to_file_appends_with_the_time(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "alexnet_jax")
+    for text in ("first", "second"):
+        handler = writers.log_to_file(tmp_path / "log.txt")
+        logging.getLogger("alexnet_jax.train").info("%s", text)
+        logging.getLogger("alexnet_jax").removeHandler(handler)
+        handler.close()
+    first, second = (tmp_path / "log.txt").read_text().splitlines()
+    assert first.endswith(" INFO first")
+    assert second.endswith(" INFO second")
+    assert first[:2] == "20"
+
+
+def test_log_to_terminal_speaks_once(capsys):
+    log = logging.getLogger("alexnet_jax")
+    before = log.handlers[:], log.level, log.propagate
+    try:
+        writers.log_to_terminal()
+        writers.log_to_terminal()
+        log.info("hello")
+        assert capsys.readouterr() == ("", "hello\n")
+    finally:
+        log.handlers[:], log.level, log.propagate = before
