@@ -29,8 +29,9 @@ class Checkpoints:
 
     def __init__(self, directory: Path) -> None:
         """Opens the folder, creating it if need be, and removes what a kill left half-written."""
-        # Orbax tells of each file at INFO, about 70 lines a save.
-        logging.getLogger("absl").setLevel(logging.WARNING)
+        # Orbax tells of each file at INFO, about 70 lines a save, and warns of saves that, rightly,
+        # have no accuracy.
+        logging.getLogger("absl").setLevel(logging.ERROR)
         keep = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(NEWEST_KEPT),
@@ -50,7 +51,9 @@ class Checkpoints:
                 "progress": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep, cleanup_tmp_directories=True
+                preservation_policy=keep,
+                best_fn=lambda metrics: metrics[METRIC],  # without it they are not written
+                cleanup_tmp_directories=True,
             ),
         )
 
@@ -68,6 +71,11 @@ class Checkpoints:
             RuntimeError: The folder already holds this or a later step.
         """
         step = int(state.step)
+        latest = self._manager.latest_step()
+        if latest is not None and step <= latest:
+            raise RuntimeError(
+                f"checkpoint {step} was not saved: {self.directory} holds step {latest}"
+            )
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -79,10 +87,7 @@ class Checkpoints:
             force=True,
         )
         if not saved:  # Orbax says so by this alone
-            raise RuntimeError(
-                f"checkpoint {step} was not saved: {self.directory} holds step "
-                f"{self._manager.latest_step()}"
-            )
+            raise RuntimeError(f"checkpoint {step} was not saved in {self.directory}")
 
     def restore(
         self, template: TrainState, sharding: Sharding
@@ -107,7 +112,7 @@ class Checkpoints:
             except InputError:
                 raise
             except Exception as error:  # whatever damage makes Orbax and TensorStore raise
-                reason = str(error).strip().split("\n")[0]
+                reason = str(error).strip().split("\n")[0][:200]  # TensorStore adds its whole spec
                 log.warning("checkpoint %d is damaged (%s); trying the one before.", step, reason)
                 continue
             for damaged in steps[: steps.index(step)]:  # else their steps could not be saved again

@@ -4,162 +4,41 @@ The same command goes on where an interrupted run stopped. Exit codes: 0 finishe
 3 the loss diverged, 75 interrupted and saved.
 """
 
-import difflib
-import itertools
-import re
-import runpy
 import shlex
 import sys
-import traceback
-from pathlib import Path
 from typing import NoReturn
 
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
-
-from alexnet_jax import writers
-from alexnet_jax.config import check_type, default_config, flatten, unknown_key_message
+from alexnet_jax import command_line, writers
 from alexnet_jax.errors import Diverged, InputError, Interrupted
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The config file; --config.section.key=value changes an option."
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run folder; by default runs/<name of the config file>."
-)
-
-
-def _parse_flags(arguments: list[str]) -> list[str]:
-    """Parses the command line, turning every way it can be wrong into one sentence."""
-    try:
-        return _checked_parse(arguments)
-    except InputError as error:
-        _fail(error)
-
-
-def _checked_parse(arguments: list[str]) -> list[str]:
-    paths = [a.split("=", 1)[1] for a in arguments if re.match(r"--?config=", a)]
-    pairs = itertools.pairwise(arguments)
-    paths += [value for name, value in pairs if name in ("--config", "-config")]
-    if any(re.fullmatch(r"--?(h|\?|help(short|full)?)", a) for a in arguments):
-        print(_help(paths[0] if paths else None))
-        sys.exit(0)
-    if not paths:
-        raise InputError(f"--config is missing; name a config file{_known_configs()}.")
-    if len(paths) > 1:
-        raise InputError(f"--config is given twice, {' and '.join(paths)}; name one config file.")
-    config = _load_config(paths[0])
-    options = dict(flatten(config))
-    for argument in arguments:
-        match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-        if match and match[1] in config and match[1] not in options:
-            raise InputError(
-                f"config.{match[1]} is a section; set its options one by one, such as "
-                f"--config.{next(key for key in options if key.startswith(f'{match[1]}.'))}=..."
-            )
-        if match and match[1] not in options:
-            raise InputError(unknown_key_message(match[1], config))
-    try:
-        rest = flags.FLAGS(arguments)
-    except flags.UnrecognizedFlagError as error:
-        near = [f"--config.{key}" for key in options if f".{key}".endswith(f".{error.flagname}")]
-        near += [f"--{key}" for key in difflib.get_close_matches(error.flagname, ["workdir"])]
-        hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the options."
-        raise InputError(f"--{error.flagname} is no option; {hint}") from None
-    except flags.IllegalFlagValueError as error:
-        match = re.match(r"flag --config\.([^=]+)=(.*?): ", str(error), re.DOTALL)
-        if match:
-            check_type(match[1], match[2], options[match[1]])
-        raise InputError(_one_line(error)) from None
-    except (flags.Error, ValueError, TypeError) as error:
-        raise InputError(_one_line(error)) from None
-    if len(rest) > 1:
-        raise InputError(f"{rest[1]!r} is no option; options begin with --.")
-    if _WORKDIR.value == "":
-        raise InputError("--workdir is empty; name a folder, or leave it out.")
-    return rest
-
-
-def _load_config(path: str) -> ConfigDict:
-    """Reads a config file before absl does, whose errors about it are tracebacks."""
-    file, *argument = path.split(":", 1)
-    if not Path(file).is_file():
-        raise InputError(f"--config={path} is not a file; name a config file{_known_configs()}.")
-    try:
-        get_config = runpy.run_path(file).get("get_config")
-        config = get_config(*argument) if get_config else None
-    except (Exception, SystemExit) as error:  # it is a person's program, and may raise anything
-        frames = traceback.extract_tb(error.__traceback__)
-        line = next((f", line {f.lineno}," for f in frames[::-1] if f.filename == file), "")
-        what = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        raise InputError(f"{path}{line} cannot be used: {what}{_one_line(error)}") from None
-    if not isinstance(config, ConfigDict):
-        raise InputError(
-            f"{path} has no function get_config() that returns a ConfigDict; "
-            f"write it as in an example{_known_configs()}."
-        )
-    return config
-
-
-def _help(path: str | None) -> str:
-    config = default_config() if path is None else _load_config(path)
-    return "\n".join(
-        [
-            f"{__doc__}".replace("``", ""),
-            "  --config=FILE      the config file",
-            "  --workdir=FOLDER   the run folder; by default runs/<name of the config file>",
-            "",
-            f"Options and their values {f'in {path}' if path else 'by default'}; "
-            "alexnet_jax/config.py says what each means:",
-            *(f"  --config.{key}={shlex.quote(str(value))}" for key, value in flatten(config)),
-        ]
-    )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _known_configs() -> str:
-    found = sorted(str(path) for path in Path("configs").glob("*.py"))
-    return f", such as {', '.join(found)}" if found else ""
-
-
-def _fail(error: Exception, code: int = EXIT_BAD_INPUT) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)
-
-
-def main(arguments: list[str]) -> None:
-    """Runs what the command line asks for."""
-    del arguments  # all parsed into the flags
-    filename = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = Path(_WORKDIR.value or Path("runs", Path(filename.split(":", 1)[0]).stem))
-    writers.log_to_terminal()
-    from alexnet_jax.train import train_and_evaluate  # after the flags, which fail at once
-
-    command = shlex.join(["python", "-m", "alexnet_jax.main", *sys.argv[1:]])
-    try:
-        train_and_evaluate(_CONFIG.value, workdir)
-    except InputError as error:
-        _fail(error)
-    except Diverged as error:
-        _fail(error, EXIT_DIVERGED)
-    except Interrupted as stop:
-        print(f"Saved at step {stop.step:,}. To go on:\n  {command}", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except KeyboardInterrupt:
-        print(f"\nStopped before anything new was saved. To go on:\n  {command}", file=sys.stderr)
-        sys.exit(130)
+EXIT_CTRL_C = 130  # as a shell reports it
 
 
 def run() -> None:
-    """Entry point."""
-    app.run(main, flags_parser=_parse_flags)
+    """Runs what the command line asks for; leaves by SystemExit unless all is well."""
+    again = shlex.join(["python", "-m", "alexnet_jax.main", *sys.argv[1:]])
+    try:
+        config, workdir = command_line.parse(sys.argv)
+        writers.log_to_terminal()
+        from alexnet_jax.train import train_and_evaluate  # only now: a wrong option fails at once
+
+        train_and_evaluate(config, workdir)
+    except InputError as error:
+        _leave(f"error: {error}", EXIT_BAD_INPUT)
+    except Diverged as error:
+        _leave(f"error: {error}", EXIT_DIVERGED)
+    except Interrupted as stop:
+        _leave(f"Saved at step {stop.step:,}. To go on:\n  {again}", EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        _leave(f"\nStopped; nothing saved is lost. To go on:\n  {again}", EXIT_CTRL_C)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whole runs on the digits, with a tiny network: results, resume, devices, and what may go wrong."""
+"""Whole runs on the digits, with a tiny network: results, resume, devices, what may go wrong."""
 
 import json
 import os
@@ -257,7 +257,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(config, tmp_pa
 
 def test_a_batch_that_devices_cannot_share_is_refused(config, tmp_path):
     config.train.batch_size = 100
-    with pytest.raises(InputError, match="100, which 8 devices .* 96 or 104"):
+    with pytest.raises(InputError, match=r"100, which 8 devices .* 96 or 104"):
         train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
