@@ -196,6 +196,8 @@ def _loop(
         1 if parallel.on_cpu(mesh) else ACCELERATOR_STEPS_PER_DISPATCH
     )
     step = int(state.step)
+    if step < total_steps:
+        log.info("Compiling the training step, which takes some seconds.")
     last_save = time.monotonic()
     pending: tuple[int, int, TrainMetrics] | None = None
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,15 @@ class TensorBoard:
             return
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
         offset = (folder / "metrics.jsonl").stat().st_size
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "alexnet_jax.tensorboard", str(folder), str(offset)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors,
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "alexnet_jax.tensorboard", str(folder), str(offset)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+            )
+        except OSError as error:  # no memory for another process, say
+            log.warning("There are no TensorBoard events (%s).", error.strerror)
 
     def close(self) -> None:
         """Returns when all is written; warns if it could not be, for the metrics are safe."""
@@ -107,51 +111,57 @@ class Progress:
 
     PLAIN_SECONDS = 60.0
 
-    def __init__(self, total_steps: int, step: int) -> None:
+    def __init__(self, total_steps: int) -> None:
         self._total = total_steps
-        self._first, self._start = step, time.monotonic()
-        self._said = self._start
-        self._bar = tqdm(
-            total=total_steps,
-            initial=step,
-            unit="step",
-            desc="train",
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-            smoothing=0.1,
-        )
+        self._bar: tqdm | None = None
 
     def update(self, record: dict[str, Any]) -> None:
         """Shows the figures of a train record."""
+        step = record["step"]
+        now = time.monotonic()
+        if self._bar is None:
+            # Only now: compiling came before, and would spoil the estimate of the time left.
+            self._first, self._start, self._said = step, now, now
+            self._bar = tqdm(
+                total=self._total,
+                initial=step,
+                unit="step",
+                desc="train",
+                disable=not sys.stderr.isatty(),
+                dynamic_ncols=True,
+                smoothing=0.1,
+            )
         figures = (
             f"loss {record['loss']:.3f}, accuracy {record['accuracy']:.1%}, "
             f"{record['images_per_second']:,.0f} images/s"
         )
         self._bar.set_postfix_str(figures, refresh=False)
-        self._bar.update(record["step"] - self._bar.n)
-        now = time.monotonic()
+        self._bar.update(step - self._bar.n)
         if self._bar.disable and now - self._said >= self.PLAIN_SECONDS:
             self._said = now
             log.info(
                 "step %s of %s: %s, %s left",
-                f"{record['step']:,}",
+                f"{step:,}",
                 f"{self._total:,}",
                 figures,
-                duration(self.seconds_left(record["step"])),
+                duration(self.seconds_left(step)),
             )
 
     def seconds_left(self, step: int) -> float:
-        """Estimates the time to the last step from the pace since the start."""
+        """Estimates the time to the last step from the pace since the first update."""
         pace = (time.monotonic() - self._start) / max(1, step - self._first)
         return pace * (self._total - step)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 class RunWriter:
     """All that a run tells while it trains: the metrics file, TensorBoard, and the progress."""
+
+    LAPS = 20
 
     def __init__(
         self,
@@ -176,9 +186,12 @@ class RunWriter:
         self._steps_per_epoch = steps_per_epoch
         self._metrics = MetricsFile(folder / "metrics.jsonl", last_step=step)
         self._tensorboard = TensorBoard(folder) if tensorboard else None
-        self.progress = Progress(total_steps, step)
+        self.progress = Progress(total_steps)
         self._seconds_before = seconds_before
-        self._start = self._lap = time.monotonic()
+        self._start = time.monotonic()
+        # When the last dispatches were seen to end, and the images of each; the pace is measured
+        # over them all, for a single one may have ended long before it was looked at.
+        self._laps: deque[tuple[float, int]] = deque([(self._start, 0)], maxlen=self.LAPS)
 
     @property
     def seconds(self) -> float:
@@ -187,17 +200,19 @@ class RunWriter:
 
     def trained(self, step: int, images: int, figures: dict[str, float]) -> None:
         """Tells of the steps up to `step`, which trained on `images`, with their mean figures."""
-        now = time.monotonic()
-        seconds, self._lap = max(now - self._lap, 1e-9), now
+        self._laps.append((time.monotonic(), images))
+        (first, _), *laps = self._laps
         record = self._record(step, "train", figures)
-        record |= {"images": images, "images_per_second": images / seconds}
+        record["images"] = images
+        record["images_per_second"] = sum(n for _, n in laps) / max(laps[-1][0] - first, 1e-9)
         self._metrics.write(record)
         self.progress.update(record)
 
     def measured(self, step: int, split: str, figures: dict[str, float]) -> None:
         """Tells of an evaluation on `split`; what it took is not counted as training pace."""
         self._metrics.write(self._record(step, split, figures))
-        self._lap = time.monotonic()
+        self._laps.clear()
+        self._laps.append((time.monotonic(), 0))
 
     def _record(self, step: int, split: str, figures: dict[str, float]) -> dict[str, Any]:
         return {"step": step, "epoch": step / self._steps_per_epoch, "split": split, **figures}

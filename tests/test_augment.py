@@ -62,8 +62,13 @@ def test_flips_mirror_half_of_the_images():
     assert 150 < mirrored.sum() < 250  # 200, give or take 10
 
 
-@pytest.mark.parametrize("draw", [lambda k, x: random_crop(k, x, PADDING), random_flip])
-def test_draws_depend_on_the_key_alone(draw):
+@pytest.mark.parametrize("kind", ["crop", "flip", "both"])
+def test_draws_depend_on_the_key_alone(kind):
+    draw = {
+        "crop": lambda key, images: random_crop(key, images, PADDING),
+        "flip": random_flip,
+        "both": create_augment(augment_section()),
+    }[kind]
     images = noise(50)
     np.testing.assert_array_equal(draw(KEY, images), draw(KEY, images))
     assert (draw(KEY, images) != draw(jax.random.key(1), images)).any()

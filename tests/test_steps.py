@@ -232,7 +232,9 @@ def on_mesh(step, devices):
     def placed(state, batch):
         # Copied, as the update gives up what it is given.
         state = jax.device_put(jax.tree.map(jnp.copy, state), parallel.replicated(mesh))
-        return update(state, jax.device_put(batch, parallel.split(mesh)))
+        batch = jax.device_put(batch, parallel.split(mesh))
+        assert batch["image"].addressable_shards[0].data.shape[0] == 16 // devices
+        return update(state, batch)
 
     return placed
 

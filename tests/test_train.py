@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -191,7 +192,8 @@ def test_killed_and_resumed_is_bit_equal(whole_run, config, tmp_path):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert records(folder)[-1]["step"] == 24
     train_and_evaluate(config, folder)
-    assert "Going on from step 20 of 30" in (folder / "log.txt").read_text()
+    # The save of step 20 may not have been finished when the process died.
+    assert re.search(r"Going on from step [12]0\.", (folder / "log.txt").read_text())
     assert_same_run(whole_run[0], folder, 30)
 
 
@@ -306,7 +308,7 @@ def test_import_and_run_without_tensorflow(config, tmp_path):
         "--config=configs/digits.py",
         f"--workdir={tmp_path / 'run'}",
         f"--config.data.data_dir={tmp_path / 'data'}",  # to be prepared without it, too
-        "--config.train.epochs=1",
+        "--config.train.epochs=2",
         "--config.model.features=(4,4,4,4,4)",
         "--config.model.hidden=(8,8)",
     ]

@@ -157,7 +157,7 @@ def test_a_child_that_hangs_is_ended(path, monkeypatch, caplog):
 
 def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch, caplog, capsys):
     caplog.set_level(logging.INFO, "alexnet_jax")
-    progress = Progress(total_steps=2000, step=0)
+    progress = Progress(total_steps=2000)
     progress.update(record(1000, **FIGURES, images_per_second=12345.6))
     assert caplog.text == ""
     monkeypatch.setattr(Progress, "PLAIN_SECONDS", 0.0)
@@ -168,10 +168,11 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch, caplog, ca
     assert capsys.readouterr() == ("", "")
 
 
-def test_time_left_is_from_the_pace_of_this_session(monkeypatch):
+def test_time_left_is_from_the_pace_since_the_first_update(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
-    progress = Progress(total_steps=300, step=100)
+    progress = Progress(total_steps=300)
+    progress.update(record(100, **FIGURES, images_per_second=1.0))
     assert progress.seconds_left(100) == 0.0  # nothing is known yet
     now[0] = 150.0
     assert progress.seconds_left(200) == pytest.approx(50.0)
@@ -209,6 +210,24 @@ def test_run_writer_keeps_the_books(path, monkeypatch):
     }
     assert measured == {"step": 20, "epoch": 1.0, "split": "validation", **FIGURES}
     assert second["images_per_second"] == 100.0  # the evaluation before does not count
+
+
+def test_the_pace_is_measured_over_several_dispatches(path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
+    writer = RunWriter(
+        path.parent,
+        step=0,
+        total_steps=9,
+        steps_per_epoch=9,
+        seconds_before=0.0,
+        tensorboard=False,
+    )
+    for step, seconds in ((1, 2.0), (2, 4.0), (3, 4.001)):
+        now[0] = seconds
+        writer.trained(step, 100, FIGURES)
+    writer.close()
+    assert [round(r["images_per_second"]) for r in read_metrics(path)] == [50, 50, 75]
 
 
 def test_log_to_file_appends_with_the_time(tmp_path, caplog):
