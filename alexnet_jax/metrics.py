@@ -56,7 +56,10 @@ class EvalMetrics(metrics.Collection):
 
 
 def over_devices(collection: metrics.Collection, axis_name: str | None) -> metrics.Collection:
-    """Merges the metrics of all devices on a mapped axis; without one, returns them as they are."""
+    """Merges the metrics of all devices on a mapped axis; without one, returns them as they are.
+
+    Every metric here is a sum or a count, so that adding them up merges them.
+    """
     if axis_name is None:
         return collection
-    return jax.lax.all_gather(collection, axis_name).reduce()
+    return jax.lax.psum(collection, axis_name)

@@ -26,10 +26,11 @@ def create_schedule(config: ConfigDict, steps_per_epoch: int, epochs: int) -> op
     elif config.schedule == "linear":
         main = optax.linear_schedule(peak, peak * config.final_fraction, rest)
     else:
-        boundaries = (round(epoch * updates_per_epoch) - warmup for epoch in config.step_epochs)
-        main = optax.piecewise_constant_schedule(
-            peak, dict.fromkeys(boundaries, config.step_factor)
-        )
+        factors: dict[int, float] = {}
+        for epoch in config.step_epochs:
+            boundary = round(epoch * updates_per_epoch) - warmup
+            factors[boundary] = factors.get(boundary, 1.0) * config.step_factor
+        main = optax.piecewise_constant_schedule(peak, factors)
     if not warmup:
         return main
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])

@@ -19,6 +19,9 @@ from alexnet_jax.data.batches import Batch, Dataset, epoch_order, take_batch
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics, over_devices
 from alexnet_jax.state import TrainState
 
+# Two streams of random numbers, so that no epoch's order shares its bits with a step's draws.
+ORDER_STREAM, STEP_STREAM = 0, 1
+
 
 def cross_entropy(logits: Array, labels: Array, label_smoothing: float = 0.0) -> Array:
     """Softmax cross-entropy of each example, in nats.
@@ -61,7 +64,8 @@ def train_step(
 
     Args:
         state: Before the step.
-        batch: image uint8[B, H, W, C], label int32[B], mask bool[B].
+        batch: image uint8[B, H, W, C], label int32[B], mask bool[B]. Images whose mask is false
+            count for nothing, but for batch statistics, which are of all images.
         model: The network.
         optimizer: The transformation that `state.opt_state` belongs to.
         normalize: From uint8 images to what the network takes.
@@ -73,7 +77,7 @@ def train_step(
     Returns:
         The state after the step, and the loss and accuracy of this batch before it.
     """
-    key = jax.random.fold_in(state.key, state.step)
+    key = jax.random.fold_in(jax.random.fold_in(state.key, STEP_STREAM), state.step)
     if axis_name is not None:  # without this every device would draw the same
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
     augment_key, dropout_key = jax.random.split(key)
@@ -168,7 +172,8 @@ def train_steps(
     """
     size = dataset["label"].shape[0]
     steps_per_epoch = size // batch_size
-    order = epoch_order(state.key, state.step // steps_per_epoch, size)
+    order_key = jax.random.fold_in(state.key, ORDER_STREAM)
+    order = epoch_order(order_key, state.step // steps_per_epoch, size)
 
     def body(state: TrainState, _: None) -> tuple[TrainState, TrainMetrics]:
         position = state.step % steps_per_epoch

@@ -19,7 +19,7 @@ from alexnet_jax.metrics import EvalMetrics, TrainMetrics
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.optimizers import create_optimizer
 from alexnet_jax.state import TrainState, create_state
-from alexnet_jax.steps import eval_step, train_step, train_steps
+from alexnet_jax.steps import ORDER_STREAM, eval_step, train_step, train_steps
 
 CLASSES, SIZE = 5, 16
 NORMALIZE = create_normalize((0.5, 0.4, 0.3), (0.3, 0.25, 0.2))
@@ -393,7 +393,7 @@ def test_a_new_state_is_a_function_of_its_seed():
 
 def ordered(state, images, labels, position, batch_size):
     """The batch by its definition, for the first epoch."""
-    chosen = np.asarray(epoch_order(state.key, 0, len(labels)))
+    chosen = np.asarray(epoch_order(jax.random.fold_in(state.key, ORDER_STREAM), 0, len(labels)))
     chosen = chosen[position * batch_size :][:batch_size]
     return {"image": images[chosen], "label": labels[chosen], "mask": np.ones(batch_size, bool)}
 

@@ -72,7 +72,8 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
         mean = float(counts @ values / counts.sum())
         variance = float(counts @ (values - mean) ** 2 / counts.sum())
         means.append(mean)
-        deviations.append(variance**0.5 or 1.0)
+        # Not by the variance, which rounding leaves a little above 0.
+        deviations.append(variance**0.5 if np.count_nonzero(counts) > 1 else 1.0)
     return tuple(means), tuple(deviations)
 
 

@@ -123,7 +123,7 @@ def _check(model: AlexNet) -> None:
             )
     for name in ("features", "kernels", "strides", "hidden", "pool_window", "pool_stride"):
         values = getattr(model, name)
-        if any(v < 1 for v in (values if isinstance(values, tuple) else (values,))):
+        if any(v < 1 for v in (values if isinstance(values, (tuple, list)) else (values,))):
             raise InputError(f"config.model.{name} is {values}; it must be at least 1.")
     if not model.features:
         raise InputError("config.model.features is empty; it needs at least one convolution.")
