@@ -78,12 +78,13 @@ def open_run_folder(workdir: Path, config: ConfigDict) -> Path:
     before = read_json(folder / CONFIG)
     # Through JSON, so that both sides have lists for tuples.
     now = json.loads(json.dumps(dict(flatten(config))))
-    if before is None:
-        if any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise InputError(
-                f"--workdir={workdir} holds files but no {CONFIG}, so it is no run folder; "
-                "name an empty or a new one."
-            )
+    if before is None and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise InputError(
+            f"--workdir={workdir} holds files but no {CONFIG}, so it is no run folder; "
+            "name an empty or a new one."
+        )
+    if before is None or not (folder / METRICS).exists():
+        # New, or begun and ended by a mistake before the first step: free to be another run.
         write_json(folder / CONFIG, now)
         return folder
     differing = [

@@ -53,8 +53,17 @@ def test_the_same_config_goes_on(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_a_run_that_never_began_does_not_bind(tmp_path):
+    """A mistyped data set is found after the folder is made; the corrected command must run."""
+    open_run_folder(tmp_path, config(data__name="cifar1O"))
+    (tmp_path / "log.txt").touch()
+    open_run_folder(tmp_path, config())
+    assert read_json(tmp_path / "config.json")["data.name"] == "cifar10"
+
+
 def test_another_config_is_refused_with_each_difference(tmp_path):
     open_run_folder(tmp_path, config())
+    (tmp_path / "metrics.jsonl").touch()
     other = config(train__epochs=3, model__hidden=(8,), optimizer__learning_rate=0.5)
     message = refusal(tmp_path, other)
     assert (
@@ -68,6 +77,7 @@ def test_another_config_is_refused_with_each_difference(tmp_path):
 
 def test_a_key_of_another_version_is_a_difference(tmp_path):
     open_run_folder(tmp_path, config())
+    (tmp_path / "metrics.jsonl").touch()
     saved = read_json(tmp_path / "config.json")
     del saved["train.ema_decay"]
     write_json(tmp_path / "config.json", saved | {"train.old": 1})

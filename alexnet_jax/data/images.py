@@ -4,7 +4,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from alexnet_jax.errors import InputError
 
@@ -94,6 +94,10 @@ def normalize_encoded(data: bytes, name: str) -> bytes:
         raise InputError(
             f"The image {name} has more than {MAX_PIXELS // 10**6} megapixels; "
             "scale it down, or remove it."
+        ) from error
+    except UnidentifiedImageError as error:  # Its own text names an object in memory.
+        raise InputError(
+            f"The image {name} is in no format that Pillow knows; replace or remove it."
         ) from error
     except Exception as error:  # Pillow raises nearly every kind of exception on bad bytes.
         raise InputError(
