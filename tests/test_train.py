@@ -26,6 +26,17 @@ pytestmark = [
 ]
 
 
+MAKE_MESH = parallel.make_mesh
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_devices():
+    """As many as the machine has cores; eight take turns, and a minute for each run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "make_mesh", lambda: MAKE_MESH(jax.devices()[:2]))
+        yield
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("data"))
@@ -80,7 +91,7 @@ def assert_same_run(one, other, step):
 
 
 @pytest.fixture(scope="session")
-def whole_run(data_dir, tmp_path_factory):
+def whole_run(data_dir, tmp_path_factory, two_devices):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     results = train_and_evaluate(tiny_config(data_dir), folder)
     return folder, results
@@ -173,7 +184,7 @@ def test_killed_and_resumed_is_bit_equal(whole_run, config, tmp_path):
     code = """
         import os, signal, sys
         import jax
-        jax.config.update("jax_num_cpu_devices", 8)
+        jax.config.update("jax_num_cpu_devices", 2)
         from alexnet_jax import writers
         from alexnet_jax.config import default_config
         from alexnet_jax.train import train_and_evaluate
@@ -203,14 +214,12 @@ def test_saves_between_epochs_change_nothing(whole_run, config, tmp_path):
     assert_same_run(whole_run[0], tmp_path / "run", 30)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, 8])
 def test_the_number_of_devices_does_not_change_the_run(
     whole_run, config, tmp_path, monkeypatch, devices
 ):
     """Dropout, augmentation and batch statistics included."""
-    monkeypatch.setattr(
-        train.parallel, "make_mesh", lambda make=parallel.make_mesh: make(jax.devices()[:devices])
-    )
+    monkeypatch.setattr(parallel, "make_mesh", lambda: MAKE_MESH(jax.devices()[:devices]))
     train_and_evaluate(config, tmp_path / "run")
     for one, other in zip(records(whole_run[0]), records(tmp_path / "run"), strict=True):
         if one["step"] <= 10:  # rounding grows with the steps, as between any two machines
@@ -257,7 +266,8 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(config, tmp_pa
             assert np.isfinite(array).all()
 
 
-def test_a_batch_that_devices_cannot_share_is_refused(config, tmp_path):
+def test_a_batch_that_devices_cannot_share_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "make_mesh", MAKE_MESH)
     config.train.batch_size = 100
     with pytest.raises(InputError, match=r"100, which 8 devices .* 96 or 104"):
         train_and_evaluate(config, tmp_path / "run")
