@@ -216,10 +216,10 @@ def _check_together(config: ConfigDict) -> None:
             f"config.optimizer.weight_decay is {optimizer.weight_decay} and config.optimizer.name "
             "is 'adam', which has none; use 'adamw' for decoupled weight decay."
         )
-    if optimizer.warmup_epochs >= train.epochs:
+    if optimizer.warmup_epochs > train.epochs:
         raise InputError(
             f"config.optimizer.warmup_epochs is {optimizer.warmup_epochs}; "
-            f"it must be less than config.train.epochs, {train.epochs}."
+            f"it must be at most config.train.epochs, {train.epochs}."
         )
     if config.augment.crop_padding >= config.data.image_size:
         raise InputError(

@@ -25,8 +25,10 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        """Opens the file, dropping what was written after `last_step`, which comes again."""
-        kept = [r for r in read_metrics(path) if r["step"] <= last_step]
+        """Opens the file, dropping what comes again: all after `last_step`, and any test figures."""
+        # Those are written at the very end; a run that goes on was killed before it was finished.
+        again = ("test", "test_ema")
+        kept = [r for r in read_metrics(path) if r["step"] <= last_step and r["split"] not in again]
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         temporary.replace(path)

@@ -198,7 +198,7 @@ def test_every_number_has_a_rule():
     ("options", "keys"),
     [
         ({"optimizer__weight_decay": 0.1}, ("optimizer.weight_decay", "optimizer.name", "adamw")),
-        ({"optimizer__warmup_epochs": 20.0}, ("optimizer.warmup_epochs", "train.epochs, 20")),
+        ({"optimizer__warmup_epochs": 20.5}, ("optimizer.warmup_epochs", "train.epochs, 20")),
         ({"augment__crop_padding": 32}, ("augment.crop_padding", "data.image_size, 32")),
     ],
 )
@@ -210,7 +210,7 @@ def test_impossible_together_though_possible_alone(options, keys):
 def test_possible_together():
     validate(changed(optimizer__weight_decay=0.1, optimizer__name="adamw"))
     validate(changed(optimizer__weight_decay=0.1, optimizer__name="sgd"))
-    validate(changed(optimizer__warmup_epochs=19.5, augment__crop_padding=31))
+    validate(changed(optimizer__warmup_epochs=20.0, augment__crop_padding=31))
 
 
 @pytest.mark.parametrize(

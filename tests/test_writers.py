@@ -58,11 +58,21 @@ def test_reopening_drops_what_comes_again(path):
 
 def test_reopening_keeps_the_order_of_equal_steps(path):
     metrics = MetricsFile(path, last_step=0)
-    for split in ("train", "validation", "test"):
+    for split in ("train", "validation", "validation_ema"):
         metrics.write(record(1, split))
     metrics.close()
     MetricsFile(path, last_step=1).close()
-    assert [found["split"] for found in read_metrics(path)] == ["train", "validation", "test"]
+    kept = [found["split"] for found in read_metrics(path)]
+    assert kept == ["train", "validation", "validation_ema"]
+
+
+def test_reopening_drops_test_figures_of_a_run_killed_before_its_results(path):
+    metrics = MetricsFile(path, last_step=0)
+    for split in ("validation", "test", "test_ema"):
+        metrics.write(record(9, split))
+    metrics.close()
+    MetricsFile(path, last_step=9).close()
+    assert [found["split"] for found in read_metrics(path)] == ["validation"]
 
 
 @pytest.mark.parametrize("cut", ['{"step": 3, "epo', "{", "\0\0\0"])
