@@ -25,7 +25,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        """Opens the file, dropping what comes again: all after `last_step`, and any test figures."""
+        """Opens the file, dropping what comes again: all after `last_step`, any test figures."""
         # Those are written at the very end; a run that goes on was killed before it was finished.
         again = ("test", "test_ema")
         kept = [r for r in read_metrics(path) if r["step"] <= last_step and r["split"] not in again]
