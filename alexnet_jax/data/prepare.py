@@ -234,6 +234,15 @@ def add_array_record(builder: Any, progress: bool = True) -> None:
         unfinished.replace(folder / _INFO)
 
 
+def check_name(name: str) -> None:
+    """Raises InputError unless `name` has the form of a TFDS name: name/config:version."""
+    if not _TFDS_NAME.fullmatch(name):
+        raise InputError(
+            f"config.data.name is {name!r}; it must be a data set's name, such as 'cifar10', "
+            "'imagenet_resized/32x32' or 'mnist:3.0.1'."
+        )
+
+
 @contextlib.contextmanager
 def quiet_tfds(bars: bool = False) -> Iterator[None]:
     """Silences what TFDS says on the way, but for its errors and, if wanted, its bars."""
@@ -241,7 +250,9 @@ def quiet_tfds(bars: bool = False) -> Iterator[None]:
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TFDS's own sets load TensorFlow.
+    # TFDS's own sets load TensorFlow, which would talk, and take the GPU memory that JAX needs.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     tfds.display_progress_bar(bars)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -366,12 +377,3 @@ def _unknown_name(name: str, root: Path) -> str:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".:")
-
-
-def check_name(name: str) -> None:
-    """Raises InputError unless `name` has the form of a TFDS name: name/config:version."""
-    if not _TFDS_NAME.fullmatch(name):
-        raise InputError(
-            f"config.data.name is {name!r}; it must be a data set's name, such as 'cifar10', "
-            "'imagenet_resized/32x32' or 'mnist:3.0.1'."
-        )
