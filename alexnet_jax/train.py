@@ -80,8 +80,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
 def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     data = load_data(config, mesh)
     run_folder.write_json(folder / run_folder.DATASET, data.info)
-    steps_per_epoch = data.train_size // config.train.batch_size
-    total_steps = config.train.epochs * steps_per_epoch
+    steps_per_epoch = data.steps_per_epoch
 
     model = create_model(config.model, num_classes=len(data.info["class_names"]))
     schedule = create_schedule(config.optimizer, steps_per_epoch, config.train.epochs)
@@ -103,7 +102,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         writer = writers.RunWriter(
             folder,
             step=int(state.step),
-            total_steps=total_steps,
+            total_steps=config.train.epochs * steps_per_epoch,
             steps_per_epoch=steps_per_epoch,
             seconds_before=progress["train_seconds"],
             tensorboard=config.writers.tensorboard,
@@ -190,7 +189,7 @@ def _loop(
     mesh: Mesh,
 ) -> tuple[bool, TrainState]:
     """Trains to the end or until asked to stop; returns whether it was, and the state, saved."""
-    steps_per_epoch = data.train_size // config.train.batch_size
+    steps_per_epoch = data.steps_per_epoch
     total_steps = config.train.epochs * steps_per_epoch
     per_dispatch = config.train.steps_per_dispatch or (
         1 if parallel.on_cpu(mesh) else ACCELERATOR_STEPS_PER_DISPATCH

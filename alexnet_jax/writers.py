@@ -14,14 +14,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from alexnet_jax.run_folder import METRICS
+
 log = logging.getLogger(__name__)
 
 
 class MetricsFile:
     """``metrics.jsonl``: one JSON object a line, in the order of the steps.
 
-    Each has `step`, `epoch` and `split` ("train", "validation", "validation_ema", "test") beside
-    its figures.
+    Each has `step`, `epoch` and `split` ("train", "validation", "validation_ema", "test",
+    "test_ema") beside its figures.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
@@ -78,7 +80,7 @@ class TensorBoard:
             )
             return
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
-        offset = (folder / "metrics.jsonl").stat().st_size
+        offset = (folder / METRICS).stat().st_size
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "alexnet_jax.tensorboard", str(folder), str(offset)],
@@ -186,7 +188,7 @@ class RunWriter:
             tensorboard: Whether to write TensorBoard events.
         """
         self._steps_per_epoch = steps_per_epoch
-        self._metrics = MetricsFile(folder / "metrics.jsonl", last_step=step)
+        self._metrics = MetricsFile(folder / METRICS, last_step=step)
         self._tensorboard = TensorBoard(folder) if tensorboard else None
         self.progress = Progress(total_steps)
         self._seconds_before = seconds_before

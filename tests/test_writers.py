@@ -26,6 +26,17 @@ def fill(path, *steps):
     metrics.close()
 
 
+def run_writer(path, step, total_steps, steps_per_epoch, seconds_before):
+    return RunWriter(
+        path.parent,
+        step=step,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        seconds_before=seconds_before,
+        tensorboard=False,
+    )
+
+
 def steps(path):
     return [found["step"] for found in read_metrics(path)]
 
@@ -197,14 +208,7 @@ def test_duration(seconds, text):
 def test_run_writer_keeps_the_books(path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
-    writer = RunWriter(
-        path.parent,
-        step=10,
-        total_steps=40,
-        steps_per_epoch=20,
-        seconds_before=7.0,
-        tensorboard=False,
-    )
+    writer = run_writer(path, 10, 40, 20, seconds_before=7.0)
     now[0] = 102.0
     writer.trained(20, 100, FIGURES)
     now[0] = 110.0
@@ -225,14 +229,7 @@ def test_run_writer_keeps_the_books(path, monkeypatch):
 def test_the_pace_is_measured_over_several_dispatches(path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
-    writer = RunWriter(
-        path.parent,
-        step=0,
-        total_steps=9,
-        steps_per_epoch=9,
-        seconds_before=0.0,
-        tensorboard=False,
-    )
+    writer = run_writer(path, 0, 9, 9, seconds_before=0.0)
     for step, seconds in ((1, 2.0), (2, 4.0), (3, 4.001)):
         now[0] = seconds
         writer.trained(step, 100, FIGURES)

@@ -23,6 +23,7 @@ class ResidentData(NamedTuple):
     Attributes:
         train: image uint8[N, S, S, 3] and label int32[N], on every device.
         train_size: N.
+        steps_per_epoch: Whole batches in N images.
         validation: Batches that are split over the devices; [] if none are held out.
         test: For the end of the run.
         info: What ``dataset.json`` holds: names of the classes, shape, mean and deviation.
@@ -30,6 +31,7 @@ class ResidentData(NamedTuple):
 
     train: batches.Dataset
     train_size: int
+    steps_per_epoch: int
     validation: list[batches.Batch]
     test: Source
     info: dict[str, Any]
@@ -69,6 +71,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> ResidentData:
     return ResidentData(
         train=jax.device_put(train, parallel.replicated(mesh)),
         train_size=len(first),
+        steps_per_epoch=len(first) // config.train.batch_size,
         validation=place_batches(
             images[second], labels[second], config.train.eval_batch_size, mesh
         ),
