@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.errors import InputError
 from alexnet_jax.models import check_model, model_options
+from alexnet_jax.ops import SWITCH
 
 
 def default_config(model: str = "alexnet") -> ConfigDict:
@@ -27,6 +28,7 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     """
     config = ConfigDict()
     config.seed = 0
+    config.cpu_kernels = "auto"  # "auto", "on", "off": convolve as alexnet_jax.ops does on a CPU
 
     config.data = ConfigDict()
     config.data.name = "cifar10"  # a TFDS name, a prepared data set, or "digits"
@@ -94,6 +96,7 @@ _FRACTION = ((lambda value: 0 <= value < 1), "at least 0 and less than 1")
 # Key to (test, what would be right). Options of a model are checked by the model itself.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": ((lambda value: 0 <= value < 2**32), "at least 0 and less than 2**32"),
+    "cpu_kernels": _one_of(*SWITCH),
     "data.name": (bool, "the name of a data set"),
     "data.train_split": (bool, "the name of a split"),
     "data.test_split": (bool, "the name of a split"),

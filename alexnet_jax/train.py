@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from alexnet_jax import parallel, report, run_folder, steps, writers
+from alexnet_jax import ops, parallel, report, run_folder, steps, writers
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import validate
 from alexnet_jax.data import augment, batches
@@ -82,7 +82,8 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     run_folder.write_json(folder / run_folder.DATASET, data.info)
     steps_per_epoch = data.steps_per_epoch
 
-    model = create_model(config.model, num_classes=len(data.info["class_names"]))
+    chosen = ops.choose(config.cpu_kernels, mesh.devices.flat[0].platform)
+    model = create_model(config.model, num_classes=len(data.info["class_names"]), ops=chosen)
     schedule = create_schedule(config.optimizer, steps_per_epoch, config.train.epochs)
     programs = _build(config, model, schedule, data, mesh)
     log.info("%s", describe(model, tuple(data.info["image_shape"])))

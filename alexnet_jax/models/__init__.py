@@ -11,12 +11,14 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.errors import InputError
 from alexnet_jax.models.alexnet import AlexNet
+from alexnet_jax.ops import PLAIN, Ops
 
-# The contract of each class: a field `num_classes`, fields with defaults for all that varies, and
+# The contract of each class: fields `num_classes`, `axis_name` and `ops` as AlexNet has them,
+# fields with defaults for all that varies, and
 # __call__(images: float[B, H, W, 3], *, train: bool) -> logits float32[B, num_classes].
 MODELS: dict[str, type[nn.Module]] = {"alexnet": AlexNet}
 
-_NOT_OPTIONS = ("num_classes", "axis_name", "parent", "name")
+_NOT_OPTIONS = ("num_classes", "axis_name", "ops", "parent", "name")
 
 
 def _model_class(name: Any) -> type[nn.Module]:
@@ -39,7 +41,7 @@ def model_options(name: str) -> dict[str, Any]:
 
 
 def create_model(
-    config: ConfigDict, num_classes: int, *, axis_name: str | None = None
+    config: ConfigDict, num_classes: int, *, axis_name: str | None = None, ops: Ops = PLAIN
 ) -> nn.Module:
     """Builds the network that a `config.model` section describes.
 
@@ -48,12 +50,14 @@ def create_model(
         num_classes: Length of the logits.
         axis_name: Name of the mapped device axis when the network runs under `pmap` or
             `shard_map`; None under `jit`, where a batch statistic is global by itself.
+        ops: What it convolves and pools with; see `alexnet_jax.ops`.
 
     Raises:
         InputError: An option has an impossible value.
     """
     options = {key: value for key, value in config.items() if key != "name"}
-    return _model_class(config.name)(num_classes=num_classes, axis_name=axis_name, **options)
+    model_class = _model_class(config.name)
+    return model_class(num_classes=num_classes, axis_name=axis_name, ops=ops, **options)
 
 
 def check_model(config: ConfigDict, image_size: int) -> None:

@@ -5,6 +5,7 @@ from flax import linen as nn
 from jax import Array
 
 from alexnet_jax.errors import InputError
+from alexnet_jax.ops import PLAIN, Ops
 
 _KERNEL_INITS = ("he_normal", "lecun_normal")
 _NORMS = ("none", "batch")
@@ -35,6 +36,8 @@ class AlexNet(nn.Module):
         kernel_init: "he_normal" (He et al., 2015, for ReLU) or "lecun_normal".
         dtype: "float32" or "bfloat16", of the arithmetic; parameters and logits are float32.
         axis_name: Mapped device axis to average batch statistics over, if any.
+        ops: What to convolve and pool with; no choice changes parameters or, beyond rounding,
+            results.
     """
 
     num_classes: int
@@ -51,6 +54,7 @@ class AlexNet(nn.Module):
     kernel_init: str = "he_normal"
     dtype: str = "float32"
     axis_name: str | None = None
+    ops: Ops = PLAIN
 
     def __post_init__(self) -> None:
         _check(self)
@@ -83,6 +87,7 @@ class AlexNet(nn.Module):
                 use_bias=self.norm == "none",  # batch normalisation brings its own
                 kernel_init=init,
                 dtype=self.dtype,
+                conv_general_dilated=self.ops.conv_general_dilated,
                 name=f"conv{i}",
             )(x)
             if self.norm == "batch":
@@ -102,7 +107,7 @@ class AlexNet(nn.Module):
                         f"after convolution {i}, whose window is {self.pool_window}."
                     )
                 window, step = (self.pool_window,) * 2, (self.pool_stride,) * 2
-                x = nn.max_pool(x, window, step)
+                x = self.ops.max_pool(x, window, step)
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden, start=1):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)

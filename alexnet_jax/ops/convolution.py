@@ -1,0 +1,97 @@
+"""Which algorithm a CPU computes a convolution with.
+
+XLA's CPU backend has no fast backward pass of a convolution outside of a program's top level, and
+only a moderate one there. As matrix products, which it does well, the same convolutions take half
+the time; `docs/performance.md` has the figures.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from alexnet_jax.ops import patches, winograd
+
+# Below so many channels the transforms around Winograd's products take longer than these save.
+_WINOGRAD_CHANNELS = 16
+# Of the patches of one convolution; a step has about three such arrays at once.
+_PATCHES_BYTES = 2**30
+_NHWC = lax.conv_dimension_numbers((0,) * 4, (0,) * 4, ("NHWC", "HWIO", "NHWC"))
+
+
+def conv_general_dilated(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    **options: Any,
+) -> Array:
+    """As `jax.lax.conv_general_dilated`, and by it, for all that the algorithms here do not cover.
+
+    They cover float32 images in NHWC order without dilation or groups: 3x3 kernels of stride 1
+    by `winograd`, others by `patches` unless these would take too much memory. They can be
+    differentiated in reverse mode only.
+    """
+    arguments = (lhs_dilation, rhs_dilation, feature_group_count, batch_group_count)
+    if _covered(lhs, rhs, dimension_numbers, *arguments, *options.values()):
+        strides = (window_strides[0], window_strides[1])
+        if isinstance(padding, str):
+            padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
+        rows, columns = (
+            (size + low + high - window) // stride + 1
+            for size, (low, high), window, stride in zip(
+                lhs.shape[1:3], padding, rhs.shape[:2], strides, strict=True
+            )
+        )
+        ordinary = min(rows, columns) > 0 and min(*padding[0], *padding[1]) >= 0
+        if ordinary and strides == (1, 1) and _suits_winograd(rhs):
+            # Results come in tiles of 2x2; of an odd number of lines one too many is computed.
+            (top, bottom), (left, right) = padding
+            images = _pad(lhs, ((top, bottom + rows % 2), (left, right + columns % 2)))
+            return winograd.convolve(images, rhs)[:, :rows, :columns]
+        if ordinary and 4 * lhs.shape[0] * rows * columns * rhs[..., 0].size <= _PATCHES_BYTES:
+            return patches.convolve(_pad(lhs, padding), rhs, strides)
+    return lax.conv_general_dilated(
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        *arguments[:2],
+        dimension_numbers,
+        *arguments[2:],
+        **options,
+    )
+
+
+def _covered(
+    lhs: Array,
+    rhs: Array,
+    dimension_numbers: Any,
+    lhs_dilation: Sequence[int] | None,
+    rhs_dilation: Sequence[int] | None,
+    feature_group_count: int,
+    batch_group_count: int,
+    *options: Any,
+) -> bool:
+    return (
+        lhs.ndim == 4
+        and lhs.dtype == rhs.dtype == jnp.float32
+        and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers) == _NHWC
+        and set(lhs_dilation or (1,)) == set(rhs_dilation or (1,)) == {1}
+        and feature_group_count == batch_group_count == 1
+        and all(option is None for option in options)
+    )
+
+
+def _suits_winograd(kernel: Array) -> bool:
+    return kernel.shape[:2] == (3, 3) and min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS
+
+
+def _pad(images: Array, padding: Sequence[tuple[int, int]]) -> Array:
+    return jnp.pad(images, ((0, 0), *padding, (0, 0)))
