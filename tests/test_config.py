@@ -22,6 +22,7 @@ DEFAULTS = dict(flatten(default_config()))
 
 # For each rule, values that it must refuse.
 IMPOSSIBLE = {
+    "cpu_kernels": ("fast", ""),
     "seed": (-1, 2**32),
     "data.name": ("",),
     "data.train_split": ("",),
