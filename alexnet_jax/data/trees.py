@@ -332,7 +332,9 @@ def _check_name(name: str, path: Path) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{path} holds the name {name[:80]!r}, which is no UTF-8; rename it.") from None
+        raise InputError(
+            f"{path} holds the name {name[:80]!r}, which is no UTF-8; rename it."
+        ) from None
     if len(name) > MAX_NAME_LENGTH or name.count("/") > MAX_DEPTH:
         raise InputError(
             f"{path} holds {name[:80]!r}..., whose path has {len(name):,} characters and "
