@@ -149,7 +149,7 @@ def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def unknown_key_message(key: str, config: ConfigDict) -> str:
     """Says that `key` is no option and names those that it may have been meant to be."""
-    key = key if key.isprintable() and len(key) <= 80 else show(key)[1:-1]
+    key = key if len(key) <= 80 else show(key)[1:-1]
     section, _, last = key.rpartition(".")
     options = {name: name.rpartition(".")[2] for name, _ in flatten(config)}
     near = [name for name, option in options.items() if option == last]  # in the wrong section

@@ -10,6 +10,11 @@ class InputError(ValueError):
     right. The programs print it without a traceback and exit with code 2; nothing is lost.
     """
 
+    def __str__(self) -> str:
+        # It quotes names and values of any origin, which may hold what moves a terminal's cursor.
+        text = super().__str__()
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 class Diverged(ArithmeticError):
     """The loss is no longer a finite number; the last good checkpoint is kept."""
