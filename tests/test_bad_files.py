@@ -10,11 +10,14 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 from PIL import Image
+from test_sources import to_tfrecord
 
-from alexnet_jax.data import images
+from alexnet_jax.data import images, prepare
+from alexnet_jax.data.sources import load_source
 from alexnet_jax.errors import InputError
 
 SIZE = (24, 20)  # Width and height.
@@ -202,3 +205,50 @@ def test_integers_beyond_16_bits_are_refused():
     data = saved(Image.fromarray(np.array([[0, 70_000]], np.int32)), "TIFF")
     with pytest.raises(InputError, match="more than 16 bits"):
         images.normalize_encoded(data, "x")
+
+
+# --- prepared data ------------------------------------------------------------------------------
+
+
+def digits_config(root):
+    return ConfigDict({"name": "digits", "data_dir": str(root), "image_size": 8})
+
+
+def read_test_set(root):
+    source = load_source(digits_config(root), "test", progress=False)
+    return source.class_names, *source.read_all(progress=False)
+
+
+@pytest.fixture(scope="module", params=["array_record", "tfrecord"])
+def prepared(request, tmp_path_factory):
+    """The root of a prepared data set, its files, and what is in it."""
+    root = tmp_path_factory.mktemp("prepared")
+    prepare.prepare_digits(str(root))
+    truth = read_test_set(root)
+    folder = root / "digits" / "1.0.0"
+    if request.param == "tfrecord":
+        to_tfrecord(folder)
+    return root, folder, {file.name: file.read_bytes() for file in folder.iterdir()}, truth
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_damaged_prepared_data_is_refused_or_read_as_it_was(prepared, data):
+    root, folder, files, (names, pixels, labels) = prepared
+    chosen = sorted(name for name in files if "train" not in name)
+    name = data.draw(st.sampled_from(chosen))
+    for file in folder.iterdir():
+        file.unlink()
+    for other, content in files.items():
+        (folder / other).write_bytes(content)
+    (folder / name).write_bytes(data.draw(damaged(files[name])))
+    try:
+        found_names, found_pixels, found_labels = read_test_set(root)
+    except InputError as error:
+        check_sentence(error, "digits")
+        return
+    assert np.array_equal(found_pixels, pixels)
+    assert np.array_equal(found_labels, labels)
+    # A name that is another word is the one thing that no checksum of TFDS's covers.
+    assert len(found_names) == len(names)
+    assert found_names == names or name == "label.labels.txt"
