@@ -475,3 +475,31 @@ def check_answer(arguments, code, out, err):
 @example(["--config=" + "x" * 300])
 def test_a_mutated_command_line_is_refused_or_can_be_run(answer, arguments):
     check_answer(arguments, *answer(arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "alexnet_jax.main", f"--config={'x' * 300}"],
+        ["-m", "alexnet_jax.main", "--config=configs/digits.py", "--config.optimizer.eps=1e-50"],
+        ["-m", "alexnet_jax.main", "--config=configs/digits.py", f"--config.seed={'9' * 5000}"],
+        ["scripts/prepare_data.py", "~nobody_of_this_name/images"],
+        ["scripts/prepare_data.py", "x" * 300],
+    ],
+    ids=lambda arguments: " ".join(arguments)[:60],
+)
+def test_what_was_found_end_to_end(arguments, tmp_path):
+    if "eps" in arguments[-1]:
+        arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    check_sentence(done.stderr.removesuffix("\n"))
+    assert list(tmp_path.iterdir()) == []

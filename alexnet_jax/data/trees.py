@@ -36,7 +36,7 @@ _HELD_OUT = {"test": "test", "val": "validation", "validation": "validation", "v
 # Images hardly compress, so an archive that unpacks to more than this was made to do harm.
 MAX_RATIO = 200
 MAX_SMALL_BYTES = 2**30  # Whatever the ratio.
-MAX_MEMBERS = 5_000_000  # ImageNet has 1.4 million images; each costs some 500 bytes here.
+MAX_MEMBERS = 5_000_000  # ImageNet has 1.4 million images.
 MAX_NAME_LENGTH = 4096  # Linux's own limit of a path.
 MAX_DEPTH = 64
 MAX_HEADER_BYTES = 2**20  # Of the names and attributes of one member.
