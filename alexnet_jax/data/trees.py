@@ -227,7 +227,7 @@ class _StrictTarInfo(tarfile.TarInfo):
     """A header that makes damage an error: tarfile by itself takes it for the archive's end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_StrictTarInfo":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictTarInfo":
         header = super().frombuf(buf, encoding, errors)
         if header.type in _EXTENDED_HEADERS and header.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {header.size:,} bytes")
@@ -257,26 +257,21 @@ def _walk_folder(path: Path) -> Iterator[Entry]:
 
 def _walk_tar(path: Path) -> Iterator[Entry]:
     opener = _OPENERS.get(path.suffix.lower(), Path.open)
-    with (
-        opener(path, "rb") as packed,
-        tarfile.open(
-            fileobj=(file := _Bounded(packed, path)),  # type: ignore[arg-type]  # It has read().
-            mode="r|",
-            tarinfo=_StrictTarInfo,
-        ) as tar,
-    ):
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # Or a million headers would pile up in memory.
-            if member.isdir():
-                yield Entry(_inside(member.name), True, bytes)
-            elif member.issparse():  # Its holes take no room, and a TiB when read.
-                raise InputError(
-                    f"{path} holds the sparse file {member.name}; pack it anew without --sparse."
-                )
-            elif member.isreg():
-                content = tar.extractfile(member)
-                assert content is not None  # It is a regular file.
-                yield _file_entry(_inside(member.name), member.size, content.read)
+    with opener(path, "rb") as packed:
+        file: Any = _Bounded(packed, path)  # Of a stream, tarfile uses nothing but read().
+        with tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictTarInfo) as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # Or a million headers would pile up in memory.
+                if member.isdir():
+                    yield Entry(_inside(member.name), True, bytes)
+                elif member.issparse():  # Its holes take no room, and a TiB when read.
+                    raise InputError(
+                        f"{path} holds a sparse file, {member.name}; pack it without --sparse."
+                    )
+                elif member.isreg():
+                    content = tar.extractfile(member)
+                    assert content is not None  # It is a regular file.
+                    yield _file_entry(_inside(member.name), member.size, content.read)
         # The compressor's checksum stands at the very end.
         while file.read(2**20):
             pass
