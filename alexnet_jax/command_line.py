@@ -6,6 +6,7 @@ traceback, and turns their own errors into sentences.
 
 import difflib
 import itertools
+import os
 import re
 import runpy
 import shlex
@@ -80,7 +81,7 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
         if match:
             check_type(match[1], match[2], options[match[1]])
         raise InputError(_one_line(error)) from None
-    except (flags.Error, ValueError, TypeError) as error:
+    except Exception as error:  # Parsers of values raise nearly every kind on odd ones.
         raise InputError(_one_line(error)) from None
     if len(rest) > 1:
         raise InputError(f"{rest[1]!r} is no option; options begin with --.")
@@ -93,11 +94,13 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
 def _load_config(path: str) -> ConfigDict:
     """Reads a config file before absl does, whose errors about it are tracebacks."""
     file, *argument = path.split(":", 1)
-    if not Path(file).is_file():
+    if not os.path.isfile(file):  # pathlib's raises where a name is too long.
         raise InputError(f"--config={path} is not a file; name a config file{_known_configs()}.")
     try:
         get_config = runpy.run_path(file).get("get_config")
         config = get_config(*argument) if get_config else None
+        if isinstance(config, ConfigDict):
+            dict(flatten(config))  # A placeholder without a value raises when it is read.
     except (Exception, SystemExit) as error:  # it is a person's program, and may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         line = next((f", line {f.lineno}," for f in frames[::-1] if f.filename == file), "")

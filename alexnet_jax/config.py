@@ -6,13 +6,13 @@ options of a network are the fields of its linen class, so that they too stand i
 """
 
 import difflib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax.errors import InputError
+from alexnet_jax.errors import InputError, show
 from alexnet_jax.models import check_model, model_options
 from alexnet_jax.ops import SWITCH
 
@@ -82,8 +82,19 @@ def default_config(model: str = "alexnet") -> ConfigDict:
 FREE_KEYS = frozenset({"data.data_dir", "checkpoint.every_seconds", "writers.tensorboard"})
 
 
+# A step computes in float32 and counts in int32. Plain numbers, as NumPy's compare no huge int.
+_SMALLEST_FLOAT, _LARGEST_FLOAT = (
+    float(getattr(np.finfo(np.float32), name)) for name in ("tiny", "max")
+)
+_LARGEST_INT = 2**31 - 1
+
+
 def _at_least(bound: float) -> tuple[Callable[[Any], bool], str]:
     return (lambda value: value >= bound), f"at least {bound}"
+
+
+def _count(least: int) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: least <= value <= _LARGEST_INT), f"between {least} and {_LARGEST_INT}"
 
 
 def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
@@ -112,20 +123,20 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         (lambda value: all(epoch > 0 for epoch in value)),
         "epochs greater than 0",
     ),
-    "optimizer.step_factor": _POSITIVE,
+    "optimizer.step_factor": ((lambda value: 0 < value <= 1), "greater than 0 and at most 1"),
     "optimizer.b1": _FRACTION,
     "optimizer.b2": _FRACTION,
     "optimizer.eps": _POSITIVE,
     "optimizer.momentum": _FRACTION,
     "optimizer.weight_decay": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
-    "optimizer.accumulate_steps": _at_least(1),
-    "train.batch_size": _at_least(1),
-    "train.epochs": _at_least(1),
+    "optimizer.accumulate_steps": _count(1),
+    "train.batch_size": _count(1),
+    "train.epochs": _count(1),
     "train.label_smoothing": _FRACTION,
     "train.ema_decay": _FRACTION,
-    "train.steps_per_dispatch": _at_least(0),
-    "train.eval_batch_size": _at_least(1),
+    "train.steps_per_dispatch": _count(0),
+    "train.eval_batch_size": _count(1),
     "checkpoint.every_seconds": _at_least(0),
 }
 
@@ -141,6 +152,7 @@ def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def unknown_key_message(key: str, config: ConfigDict) -> str:
     """Says that `key` is no option and names those that it may have been meant to be."""
+    key = key if len(key) <= 80 else show(key)[1:-1]
     section, _, last = key.rpartition(".")
     options = {name: name.rpartition(".")[2] for name, _ in flatten(config)}
     near = [name for name, option in options.items() if option == last]  # in the wrong section
@@ -181,7 +193,12 @@ def validate(config: ConfigDict) -> None:
         if key in _RULES:
             test, right = _RULES[key]
             if not test(given[key]):
-                raise InputError(f"config.{key} is {given[key]!r}; it must be {right}.")
+                raise InputError(f"config.{key} is {show(given[key])}; it must be {right}.")
+            if type(default) is float and not test(_to_float32(given[key])):
+                raise InputError(
+                    f"config.{key} is {given[key]!r}, in float32 {_to_float32(given[key])!r}; "
+                    f"it must be {right} there, too."
+                )
     _check_together(config)
     check_model(config.model, config.data.image_size)
 
@@ -193,18 +210,25 @@ def check_type(key: str, value: Any, default: Any) -> None:
         InputError: Names the option, its value, and what would be right.
     """
     wanted = type(default)
-    if wanted is float and type(value) is int:
-        return
-    if type(value) is not wanted:
+    if type(value) is not wanted and not (wanted is float and type(value) is int):
         raise InputError(
-            f"config.{key} is {value!r}, {_a(type(value))}; "
+            f"config.{key} is {show(value)}, {_a(type(value))}; "
             f"it must be {_a(wanted)} such as {default!r}."
         )
-    if wanted is float and not math.isfinite(value):
-        raise InputError(f"config.{key} is {value!r}; it must be a finite number.")
+    if wanted is float and not abs(value) <= _LARGEST_FLOAT:
+        raise InputError(
+            f"config.{key} is {show(value)}; it must be a finite number of at most "
+            f"{_LARGEST_FLOAT:.1e}."
+        )
     if wanted is tuple and default:
         for i, item in enumerate(value):
             check_type(f"{key}[{i}]", item, default[0])
+
+
+def _to_float32(value: float) -> float:
+    """Rounds as the devices do, which take the smallest numbers for 0."""
+    rounded = float(np.float32(value))
+    return rounded if abs(rounded) >= _SMALLEST_FLOAT else 0.0
 
 
 def _a(kind: type) -> str:

@@ -1,5 +1,7 @@
 """The exceptions that end a run on purpose; `main` turns each into a sentence and an exit code."""
 
+from typing import Any
+
 
 class InputError(ValueError):
     """Bad input: an option, a file, a data set, a run folder.
@@ -7,6 +9,11 @@ class InputError(ValueError):
     The message is one clear sentence that says what is wrong, which value, and what would be
     right. The programs print it without a traceback and exit with code 2; nothing is lost.
     """
+
+    def __str__(self) -> str:
+        # It quotes names and values of any origin, which may hold what moves a terminal's cursor.
+        text = super().__str__()
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Diverged(ArithmeticError):
@@ -23,3 +30,12 @@ class Interrupted(Exception):
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped and saved at step {step:,}")
         self.step = step
+
+
+def show(value: Any) -> str:
+    """Writes a value for a sentence: in one line that is not long, whatever it is."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # An int of more than 4,300 digits, or a class of a person's own.
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-17:]}"

@@ -6,6 +6,8 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from alexnet_jax.errors import InputError
+
 
 def create_schedule(config: ConfigDict, steps_per_epoch: int, epochs: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates made.
@@ -14,7 +16,21 @@ def create_schedule(config: ConfigDict, steps_per_epoch: int, epochs: int) -> op
         config: The section; rates are per update, durations in epochs.
         steps_per_epoch: Batches in an epoch; `accumulate_steps` of them make one update.
         epochs: Length of the run.
+
+    Raises:
+        InputError: The run has more steps than can be counted, or no update in all of them.
     """
+    steps = steps_per_epoch * epochs
+    if steps >= 2**31:
+        raise InputError(
+            f"config.train.epochs is {epochs}, which makes {steps:,} steps; the most are "
+            f"{2**31 - 1:,}, which is {(2**31 - 1) // steps_per_epoch:,} epochs."
+        )
+    if config.accumulate_steps > steps:
+        raise InputError(
+            f"config.optimizer.accumulate_steps is {config.accumulate_steps}, so that the run's "
+            f"{steps:,} steps would make no update; it must be at most {steps:,}."
+        )
     updates_per_epoch = steps_per_epoch / config.accumulate_steps
     warmup = round(config.warmup_epochs * updates_per_epoch)
     rest = max(1, round(epochs * updates_per_epoch) - warmup)
@@ -28,6 +44,8 @@ def create_schedule(config: ConfigDict, steps_per_epoch: int, epochs: int) -> op
     else:
         factors: dict[int, float] = {}
         for epoch in config.step_epochs:
+            if epoch >= epochs:  # Never reached, and maybe beyond what a step can be.
+                continue
             boundary = round(epoch * updates_per_epoch) - warmup
             factors[boundary] = factors.get(boundary, 1.0) * config.step_factor
         main = optax.piecewise_constant_schedule(peak, factors)

@@ -2,6 +2,7 @@
 
 import tempfile
 
+import hypothesis
 import jax
 import pytest
 
@@ -13,6 +14,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _CACHE = tempfile.TemporaryDirectory(prefix="alexnet_jax_tests_")
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# The same examples every time; `--hypothesis-profile=thousand` tries many more.
+_COMMON = {"derandomize": True, "deadline": None, "database": None}
+hypothesis.settings.register_profile("quick", max_examples=40, **_COMMON)
+hypothesis.settings.register_profile(
+    "thousand",
+    max_examples=1000,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    **_COMMON,
+)
+hypothesis.settings.load_profile("quick")
 
 
 @pytest.fixture

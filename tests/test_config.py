@@ -219,7 +219,7 @@ def test_possible_together():
     [
         ("model.dropout", 1.5, "config.model.dropout is 1.5; it must be at least 0"),
         ("model.strides", (1, 1), r"config.model.strides is (1, 1); it must have one entry per"),
-        ("model.hidden", (0,), "config.model.hidden is (0,); it must be at least 1"),
+        ("model.hidden", (0,), "config.model.hidden is (0,); it must be between 1 and 65536"),
         ("model.norm", "layer", "config.model.norm is 'layer'; it must be one of none, batch"),
         ("model.pool_window", 9, "images of 32x32 pixels are too small for this network"),
         ("model.strides", (4, 4, 4, 1, 1), "images of 32x32 pixels are too small"),

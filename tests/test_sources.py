@@ -59,6 +59,17 @@ def stripes_dir(tmp_path):
     return tmp_path / "tfds"
 
 
+def masked_crc32c(data):
+    """Written out bit by bit, to check the library's."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
 def to_tfrecord(folder):
     """Rewrites a prepared set as TFDS would have prepared it by default."""
     from array_record.python.array_record_module import ArrayRecordReader
@@ -67,7 +78,11 @@ def to_tfrecord(folder):
         reader = ArrayRecordReader(str(path))
         records = reader.read_all()
         reader.close()
-        framed = b"".join(struct.pack("<Q4x", len(item)) + item + bytes(4) for item in records)
+        framed = b"".join(
+            part + masked_crc32c(part)
+            for item in records
+            for part in (struct.pack("<Q", len(item)), item)
+        )
         path.with_name(path.name.replace("array_record", "tfrecord")).write_bytes(framed)
         path.unlink()
     info = json.loads((folder / "dataset_info.json").read_text())
@@ -297,7 +312,20 @@ def test_tfrecord_is_converted_beside_itself(stripes_dir):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-30], lambda data: data[: len(data) // 6]])
+def flip(data, byte):
+    return data[:byte] + bytes([data[byte] ^ 4]) + data[byte + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-30],
+        lambda data: data[: len(data) // 6],
+        lambda data: flip(data, 7),  # The length: 2**58 bytes and more.
+        lambda data: flip(data, 40),
+        lambda data: flip(data, -1 % len(data)),
+    ],
+)
 def test_a_damaged_tfrecord_is_refused_and_nothing_changes(stripes_dir, damage):
     folder = stripes_dir / "stripes" / "1.0.0"
     to_tfrecord(folder)

@@ -178,7 +178,9 @@ class ClassFolders(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
     def _generate_examples(self, split: str, labels: Mapping[str, str]) -> Examples:
         chosen = (entry for entry in trees.walk(self._layout.path) if entry.name in labels)
         for entry in bar(chosen, len(labels), split, self._progress):
-            encoded = images.normalize_encoded(entry.read(), entry.name)
+            with trees.readable(self._layout.path):
+                data = entry.read()
+            encoded = images.normalize_encoded(data, entry.name)
             yield (
                 entry.name,
                 {

@@ -11,6 +11,9 @@ from alexnet_jax.errors import InputError
 # No photograph of a training set is larger; a decompression bomb is.
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 512 * 2**20
+# Pillow would try every format it knows on a file, whatever it is called, and hands EPS to
+# Ghostscript, which runs the program that an EPS file is.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 _ORIENTATION = 0x0112  # The EXIF tag; 1 means "as stored".
 
@@ -22,18 +25,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     would make the former black and clip the latter.
 
     Args:
-        image: A Pillow image of any mode but 32-bit float.
+        image: A Pillow image of any mode, with values of at most 16 bits.
 
     Returns:
         The same picture in mode "RGB"; the argument itself if it is so already.
 
     Raises:
-        ValueError: The image is 32-bit float, which has no agreed range of values.
+        ValueError: The pixels are floats, or integers beyond 16 bits, which have no agreed range.
     """
     if image.mode == "F":
         raise ValueError("its pixels are 32-bit floats; save it with 8 or 16 bits a channel")
     if image.mode.startswith("I"):
-        image = Image.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8))
+        image = _grey_from_16_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -49,10 +52,13 @@ def decode(data: bytes, size: int) -> np.ndarray:
             cropped to its centre.
 
     Returns:
-        uint8[size, size, 3], RGB.
+        uint8[size, size, 3], RGB, upright according to its EXIF orientation.
+
+    Raises:
+        Exception: The image is too large or cannot be decoded; Pillow raises nearly every kind.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        rgb = to_rgb(image)
+    with _open(data) as image:
+        rgb = to_rgb(_upright(image))
         if rgb.size != (size, size):
             rgb = ImageOps.fit(rgb, (size, size))
         return np.asarray(rgb)
@@ -81,15 +87,15 @@ def normalize_encoded(data: bytes, name: str) -> bytes:
         with warnings.catch_warnings():
             # Our own limit follows, with the image's name.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            with _open(data) as image:
+                if image.format == "PNG":
+                    image.verify()  # Decoding skips the checksums of the pixels.
+            image = _open(data)
         with image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise Image.DecompressionBombError
             image.load()
             if _is_plain(image):
                 return data
-            return _to_png(to_rgb(ImageOps.exif_transpose(image)))
+            return _to_png(to_rgb(_upright(image)))
     except Image.DecompressionBombError as error:
         raise InputError(
             f"The image {name} has more than {MAX_PIXELS // 10**6} megapixels; "
@@ -97,7 +103,8 @@ def normalize_encoded(data: bytes, name: str) -> bytes:
         ) from error
     except UnidentifiedImageError as error:  # Its own text names an object in memory.
         raise InputError(
-            f"The image {name} is in no format that Pillow knows; replace or remove it."
+            f"The image {name} is in none of the formats {', '.join(FORMATS)}; "
+            "replace or remove it."
         ) from error
     except Exception as error:  # Pillow raises nearly every kind of exception on bad bytes.
         raise InputError(
@@ -105,12 +112,41 @@ def normalize_encoded(data: bytes, name: str) -> bytes:
         ) from error
 
 
+def _open(data: bytes) -> Image.Image:
+    """Reads the head of an image file, and refuses what must not be decoded."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"it has more than {MAX_PIXELS // 10**6} megapixels")
+    return image
+
+
+def _grey_from_16_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels have more than 16 bits; save it with 8 or 16 bits a channel")
+    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if "transparency" in image.info:  # One value of grey, lost with the 16 bits.
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Damaged EXIF, on which Pillow raises as many kinds, says nothing.
+        return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+
+
 def _is_plain(image: Image.Image) -> bool:
     return (
         image.format in ("JPEG", "PNG")
         and image.mode in ("RGB", "L")
         and not image.has_transparency_data
-        and image.getexif().get(_ORIENTATION, 1) == 1
+        and _orientation(image) == 1
     )
 
 

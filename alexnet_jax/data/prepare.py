@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import struct
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,9 +57,13 @@ class Prepared:
 
 
 def data_root(data_dir: str) -> Path:
-    """Returns the folder of all prepared data sets; "" stands for TFDS's usual one."""
+    """Returns the folder of all prepared data sets; "" stands for TFDS's usual one.
+
+    Raises:
+        InputError: It cannot be the path of a folder.
+    """
     usual = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(data_dir or usual).expanduser().absolute()
+    return _usable_path(data_dir or usual)
 
 
 def prepare_path(
@@ -96,7 +99,7 @@ def prepare_path(
     """
     from alexnet_jax.data import builders
 
-    path = Path(path).expanduser().absolute()
+    path = _usable_path(path)
     if not path.exists():
         raise InputError(f"There is no file or folder {path}; check the path.")
     if not 0 < test_fraction < 1:
@@ -223,7 +226,7 @@ def add_array_record(builder: Any, progress: bool = True) -> None:
                     )
                     try:
                         tfrecord.copy_records(Path(source), Path(target), count, bar)
-                    except (OSError, ValueError, RuntimeError, struct.error) as error:
+                    except (OSError, ValueError, RuntimeError) as error:
                         raise InputError(
                             f"{source} cannot be converted ({error}); {_ANEW}."
                         ) from error
@@ -241,6 +244,18 @@ def check_name(name: str) -> None:
             f"config.data.name is {name!r}; it must be a data set's name, such as 'cifar10', "
             "'imagenet_resized/32x32' or 'mnist:3.0.1'."
         )
+
+
+def _usable_path(path: str | Path) -> Path:
+    try:
+        found = Path(path).expanduser().absolute()
+        os.stat(found)
+    except FileNotFoundError:
+        return found
+    except (OSError, RuntimeError, ValueError) as error:  # ~name of nobody; a null character.
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{str(path)!r} cannot be used ({reason}); name another path.") from None
+    return found
 
 
 @contextlib.contextmanager

@@ -137,10 +137,9 @@ def load_source(config: ConfigDict, split: str, *, progress: bool = True) -> Sou
         raise InputError(f"config.data.image_size is {config.image_size}; it must be at least 1.")
     builder = _open(config.name, config.data_dir, progress)
     image_key, label_key = _image_and_label(builder.info)
-    label = builder.info.features[label_key]
     return Source(
         name=f"{builder.info.name} {split}",
-        class_names=tuple(label.int2str(index) for index in range(label.num_classes)),
+        class_names=_class_names(builder, label_key),
         image_size=config.image_size,
         records=_records(builder, split),
         image_key=image_key,
@@ -205,6 +204,43 @@ def _image_and_label(info: Any) -> tuple[str, str]:
     )
 
 
+def _check_count(filename: str, expected: int) -> None:
+    """Compares with the file's own count; the records have checksums, TFDS's counts have none."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        reader = ArrayRecordReader(filename)
+        found = reader.num_records()
+        reader.close()
+    except RuntimeError as error:
+        raise InputError(
+            f"The file {filename} is damaged ({error}); remove its folder and prepare the data set "
+            "again."
+        ) from error
+    if found != expected:
+        raise InputError(
+            f"The file {filename} has {found:,} records and its data set counts {expected:,}; "
+            "remove its folder and prepare the data set again."
+        )
+
+
+def _class_names(builder: Any, label_key: str) -> tuple[str, ...]:
+    """Returns the names by label; a damaged file would shift them, or TFDS replace them."""
+    label = builder.info.features[label_key]
+    names = tuple(label.names)
+    file = Path(label.get_names_filepath(builder.data_dir, label_key))
+    try:
+        if len(names) != label.num_classes or len(set(names)) != len(names):
+            raise ValueError(f"{len(set(names))} different names for {label.num_classes} classes")
+        if file.is_file():
+            file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{file} is damaged ({error}); remove its folder and prepare the data set again."
+        ) from error
+    return names
+
+
 def _records(builder: Any, split: str) -> Any:
     """Opens the serialised examples of a split."""
     import tensorflow_datasets as tfds
@@ -230,4 +266,5 @@ def _records(builder: Any, split: str) -> Any:
                 f"The file {part.filename} is missing; remove its folder and prepare the data set "
                 "again."
             )
+        _check_count(part.filename, part.examples_in_shard)
     return source.data_source

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import google_crc32c
 from tqdm import tqdm
 
 
@@ -20,8 +21,7 @@ def copy_records(source: Path, target: Path, expected: int, bar: tqdm) -> None:
         bar: Is moved by one for each record.
 
     Raises:
-        OSError, ValueError, RuntimeError, struct.error: The source is damaged or the target cannot
-            be written.
+        OSError, ValueError, RuntimeError: The source is damaged or the target cannot be written.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -45,8 +45,18 @@ def _tfrecords(path: Path) -> Iterator[bytes]:
     """Yields the records of a TFRecord file: length, its checksum, data, their checksum."""
     with path.open("rb") as file:
         while header := file.read(12):
-            (length,) = struct.unpack("<Q4x", header)
+            _check(header[:8], header[8:])  # Or a wrong length would be read into memory.
+            (length,) = struct.unpack("<Q", header[:8])
             record = file.read(length)
-            if len(record) < length or len(file.read(4)) < 4:
-                raise ValueError("it is cut short")
+            _check(record, file.read(4))
             yield record
+
+
+def _check(data: bytes, stored: bytes) -> None:
+    """Compares with the stored CRC-32C, which TFRecord masks as it may itself be summed again."""
+    if len(stored) < 4:
+        raise ValueError("it is cut short")
+    crc = google_crc32c.value(data)
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    if masked != int.from_bytes(stored, "little"):
+        raise ValueError("a checksum is wrong")

@@ -1,6 +1,7 @@
 """Trees of class folders, on disk or inside an archive: what lies in them and which image is what.
 
-Archives are read member by member and never unpacked, so no member can write anywhere.
+Archives are read member by member and never unpacked, so no member can write anywhere, and what
+they may make of memory and time is bounded.
 """
 
 import bz2
@@ -11,6 +12,7 @@ import hashlib
 import lzma
 import os
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -31,7 +33,23 @@ IMAGE_SUFFIXES = frozenset(
 # Folder names that hold a split, and the split they hold.
 _TRAIN = "train"
 _HELD_OUT = {"test": "test", "val": "validation", "validation": "validation", "valid": "validation"}
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError)
+# Images hardly compress, so an archive that unpacks to more than this was made to do harm.
+MAX_RATIO = 200
+MAX_SMALL_BYTES = 2**30  # Whatever the ratio.
+MAX_MEMBERS = 5_000_000  # ImageNet has 1.4 million images.
+MAX_NAME_LENGTH = 4096  # Linux's own limit of a path.
+MAX_DEPTH = 64
+MAX_HEADER_BYTES = 2**20  # Of the names and attributes of one member.
+# Members that hold the name or the attributes of the next, and are read into memory.
+_EXTENDED_HEADERS = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+# All that the standard library raises on bad bytes.
+_DAMAGE = (
+    *(tarfile.TarError, zipfile.BadZipFile, zipfile.LargeZipFile, lzma.LZMAError, zlib.error),
+    *(EOFError, OSError, NotImplementedError, RuntimeError, ValueError, struct.error),
+)
 _OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".tgz": gzip.open}
 _OPENERS |= {".xz": lzma.open, ".txz": lzma.open, ".bz2": bz2.open, ".tbz2": bz2.open}
 ARCHIVE_SUFFIXES = frozenset({".tar", ".zip", *_OPENERS})
@@ -83,7 +101,7 @@ def find_layout(path: Path, test_fraction: float, *, progress: bool = False) -> 
 
     Raises:
         InputError: The archive cannot be read, there are fewer than two classes, or a class is
-            empty or is in test alone.
+            empty, is in test alone, or has a name that cannot be kept.
     """
     folders: set[PurePosixPath] = set()
     files: dict[PurePosixPath, str] = {}
@@ -107,6 +125,13 @@ def find_layout(path: Path, test_fraction: float, *, progress: bool = False) -> 
     for split, classes in splits.items():
         for name in sorted(set(classes) - set(class_names)):
             raise InputError(f"{path} has the class {name} in {split} but not in train.")
+    for name in class_names:
+        # TFDS keeps the names as stripped lines of a text file.
+        if not name.isprintable() or name != name.strip():
+            raise InputError(
+                f"{path} has the class {name!r}; a class must be named by printable characters "
+                "with no space at either end."
+            )
     if len(class_names) < 2:
         found = f"only the class folder {class_names[0]}" if class_names else "no class folder"
         raise InputError(f"{path} holds {found} with images; at least two are needed.")
@@ -133,8 +158,8 @@ def walk(path: Path) -> Iterator[Entry]:
         path: A folder, or a tar or zip archive.
 
     Raises:
-        InputError: The path is neither, the archive is damaged, or a file cannot be an image for
-            its size.
+        InputError: The path is neither, the archive is damaged, a file cannot be an image for its
+            size, or there is more in the archive than it could honestly hold.
     """
     if path.is_dir():
         entries = _walk_folder(path)
@@ -147,7 +172,12 @@ def walk(path: Path) -> Iterator[Entry]:
             f"{path} is neither a folder nor an archive ({', '.join(sorted(ARCHIVE_SUFFIXES))})."
         )
     with readable(path):
-        for entry in entries:
+        for count, entry in enumerate(entries, start=1):
+            if count > MAX_MEMBERS:
+                raise InputError(
+                    f"{path} holds more than {MAX_MEMBERS:,} files and folders; prepare a part."
+                )
+            _check_name(entry.name, path)
             parts = PurePosixPath(entry.name).parts
             if not any(part.startswith(".") or part == "__MACOSX" for part in parts):
                 yield entry
@@ -166,8 +196,42 @@ def readable(path: Path) -> Iterator[None]:
         ) from error
 
 
+class _Bounded:
+    """A decompressed stream that ends in an InputError where only a bomb would go on."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self._file = file
+        self._path = path
+        self._left = _most_bytes(path)
+
+    def read(self, size: int) -> bytes:
+        chunk = self._file.read(size)
+        self._left -= len(chunk)
+        if self._left < 0:
+            raise _bomb(self._path)
+        return chunk
+
+
+def _most_bytes(path: Path) -> int:
+    return max(MAX_SMALL_BYTES, MAX_RATIO * path.stat().st_size)
+
+
+def _bomb(path: Path) -> InputError:
+    return InputError(
+        f"{path} has {path.stat().st_size:,} bytes but unpacks to more than {_most_bytes(path):,}, "
+        "as a decompression bomb does; if it is yours, unpack it and give the folder."
+    )
+
+
 class _StrictTarInfo(tarfile.TarInfo):
     """A header that makes damage an error: tarfile by itself takes it for the archive's end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictTarInfo":
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENDED_HEADERS and header.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+        return header
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "_StrictTarInfo":
@@ -193,18 +257,21 @@ def _walk_folder(path: Path) -> Iterator[Entry]:
 
 def _walk_tar(path: Path) -> Iterator[Entry]:
     opener = _OPENERS.get(path.suffix.lower(), Path.open)
-    with (
-        opener(path, "rb") as file,
-        tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictTarInfo) as tar,
-    ):
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # Or a million headers would pile up in memory.
-            if member.isdir():
-                yield Entry(_inside(member.name), True, bytes)
-            elif member.isreg():
-                content = tar.extractfile(member)
-                assert content is not None  # It is a regular file.
-                yield _file_entry(_inside(member.name), member.size, content.read)
+    with opener(path, "rb") as packed:
+        file: Any = _Bounded(packed, path)  # Of a stream, tarfile uses nothing but read().
+        with tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictTarInfo) as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # Or a million headers would pile up in memory.
+                if member.isdir():
+                    yield Entry(_inside(member.name), True, bytes)
+                elif member.issparse():  # Its holes take no room, and a TiB when read.
+                    raise InputError(
+                        f"{path} holds a sparse file, {member.name}; pack it without --sparse."
+                    )
+                elif member.isreg():
+                    content = tar.extractfile(member)
+                    assert content is not None  # It is a regular file.
+                    yield _file_entry(_inside(member.name), member.size, content.read)
         # The compressor's checksum stands at the very end.
         while file.read(2**20):
             pass
@@ -212,19 +279,33 @@ def _walk_tar(path: Path) -> Iterator[Entry]:
 
 def _walk_zip(path: Path) -> Iterator[Entry]:
     with zipfile.ZipFile(path) as archive:
+        # Before anything is read: members may overlap, each unpacking the same bytes again.
+        if sum(member.file_size for member in archive.infolist()) > _most_bytes(path):
+            raise _bomb(path)
         for member in archive.infolist():
             kind = stat.S_IFMT(member.external_attr >> 16)
             if member.is_dir():
                 yield Entry(_inside(member.filename), True, bytes)
             elif member.flag_bits & 1:
                 raise InputError(f"{path} is encrypted; unpack it and give the folder.")
+            elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                # zipfile unpacks the others as a whole, whatever size is declared.
+                raise InputError(
+                    f"{path} is packed by another method than deflate; pack it anew, or unpack it "
+                    "and give the folder."
+                )
             elif kind in (0, stat.S_IFREG):
                 read = _zip_reader(archive, member)
                 yield _file_entry(_inside(member.filename), member.file_size, read)
 
 
 def _zip_reader(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callable[[], bytes]:
-    return lambda: archive.read(member)
+    def read() -> bytes:
+        with archive.open(member) as file:
+            # Without a size, all is unpacked before it is found to be more than was declared.
+            return file.read(member.file_size)
+
+    return read
 
 
 def _file_entry(name: str, size: int, read: Callable[[], bytes]) -> Entry:
@@ -239,6 +320,21 @@ def _file_entry(name: str, size: int, read: Callable[[], bytes]) -> Entry:
 def _inside(name: str) -> str:
     """Writes a member's name as a path below the archive's root."""
     return PurePosixPath(name.lstrip("/")).as_posix()
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Refuses a name that cannot be kept as text, or is made to fill the memory."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{path} holds the name {name[:80]!r}, which is no UTF-8; rename it."
+        ) from None
+    if len(name) > MAX_NAME_LENGTH or name.count("/") > MAX_DEPTH:
+        raise InputError(
+            f"{path} holds {name[:80]!r}..., whose path has {len(name):,} characters and "
+            f"{name.count('/'):,} folders; at most {MAX_NAME_LENGTH:,} and {MAX_DEPTH} are allowed."
+        )
 
 
 def _below_common_top(folders: set[PurePosixPath], files: Iterable[PurePosixPath]) -> PurePosixPath:

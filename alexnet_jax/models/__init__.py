@@ -1,6 +1,7 @@
 """Networks by name. To add one, put its linen class beside this file and a line into `MODELS`."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from clu.parameter_overview import get_parameter_overview
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from alexnet_jax.errors import InputError
+from alexnet_jax.errors import InputError, show
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.ops import PLAIN, Ops
 
@@ -18,12 +19,17 @@ from alexnet_jax.ops import PLAIN, Ops
 # __call__(images: float[B, H, W, 3], *, train: bool) -> logits float32[B, num_classes].
 MODELS: dict[str, type[nn.Module]] = {"alexnet": AlexNet}
 
+# 8 GiB in float32, and Adam holds three times as much; AlexNet has 61 million.
+MAX_PARAMETERS = 2**31
+
 _NOT_OPTIONS = ("num_classes", "axis_name", "ops", "parent", "name")
 
 
 def _model_class(name: Any) -> type[nn.Module]:
-    if name not in MODELS:
-        raise InputError(f"config.model.name is {name!r}; it must be one of {', '.join(MODELS)}.")
+    if not isinstance(name, str) or name not in MODELS:
+        raise InputError(
+            f"config.model.name is {show(name)}; it must be one of {', '.join(MODELS)}."
+        )
     return MODELS[name]
 
 
@@ -72,7 +78,14 @@ def check_model(config: ConfigDict, image_size: int) -> None:
     """
     model = create_model(config, num_classes=2)
     images = jnp.zeros((1, image_size, image_size, 3))
-    jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
+    if parameters > MAX_PARAMETERS:
+        raise InputError(
+            f"config.model describes a network of {parameters:,} parameters; the most are "
+            f"{MAX_PARAMETERS:,}: make its layers narrower, or pool more before the first of "
+            "config.model.hidden."
+        )
 
 
 def describe(model: nn.Module, image_shape: tuple[int, ...]) -> str:

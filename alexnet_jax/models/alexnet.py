@@ -9,6 +9,7 @@ from alexnet_jax.ops import PLAIN, Ops
 
 _KERNEL_INITS = ("he_normal", "lecun_normal")
 _NORMS = ("none", "batch")
+_MOST = 2**16  # Of channels, units and pixels: beyond, sizes overflow before they are compared.
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -128,8 +129,11 @@ def _check(model: AlexNet) -> None:
             )
     for name in ("features", "kernels", "strides", "hidden", "pool_window", "pool_stride"):
         values = getattr(model, name)
-        if any(v < 1 for v in (values if isinstance(values, (tuple, list)) else (values,))):
-            raise InputError(f"config.model.{name} is {values}; it must be at least 1.")
+        for value in values if isinstance(values, (tuple, list)) else (values,):
+            if not 1 <= value <= _MOST:
+                raise InputError(
+                    f"config.model.{name} is {values}; it must be between 1 and {_MOST}."
+                )
     if not model.features:
         raise InputError("config.model.features is empty; it needs at least one convolution.")
     for name, right in (
