@@ -83,7 +83,7 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path, Flags]:
         rest = flags.FLAGS(arguments)
     except flags.UnrecognizedFlagError as error:
         near = [f"--config.{key}" for key in options if f".{key}".endswith(f".{error.flagname}")]
-        near += [f"--{key}" for key in difflib.get_close_matches(error.flagname, _PLAIN)]
+        near += [f"--{key}" for key in difflib.get_close_matches(error.flagname, _PLAIN, n=1)]
         hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the options."
         raise InputError(f"--{error.flagname} is no option; {hint}") from None
     except flags.IllegalFlagValueError as error:

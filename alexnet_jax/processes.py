@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Client, Listener, wait
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -189,10 +189,8 @@ def joined(flags: Flags) -> Iterator[int]:
             yield process
         except AGREED:
             lifeline.let_go()
-            jax.distributed.shutdown()
             raise
         lifeline.let_go()
-        jax.distributed.shutdown()  # waits until all have come so far
 
 
 class _Lifeline:
@@ -205,24 +203,28 @@ class _Lifeline:
     def __init__(self, process: int, count: int) -> None:
         """Connects all processes and starts to watch, in a thread."""
         self._leaving = False
+        if count == 1:
+            return
         if process == 0:
             token = secrets.token_bytes(16)
             listener = Listener(("", 0), backlog=count, authkey=token)
             _tell_all(f"{listener.address[1]} {token.hex()}")
             watch = functools.partial(self._watch_all, listener, count)
         else:
-            port, token = _tell_all("")[0].split()
-            host = jax._src.distributed.global_state.coordinator_address.rpartition(":")[0]
-            address = (host.strip("[]"), int(port))
-            watch = functools.partial(self._watch_first, process, address, bytes.fromhex(token))
+            port, secret = _tell_all("")[0].split()
+            coordinator = jax._src.distributed.global_state.coordinator_address
+            assert coordinator is not None
+            address = (coordinator.rpartition(":")[0].strip("[]"), int(port))
+            watch = functools.partial(self._watch_first, process, address, bytes.fromhex(secret))
         threading.Thread(target=watch, daemon=True).start()
 
     def let_go(self) -> None:
-        """From here on processes may end."""
+        """Waits until all processes have come so far; from here on they may end."""
         self._leaving = True
+        jax.distributed.shutdown()
 
     def _watch_all(self, listener: Listener, count: int) -> None:
-        others: dict[Connection, int] = {}
+        others: dict[Any, int] = {}
         while len(others) < count - 1:
             try:
                 connection = listener.accept()

@@ -62,22 +62,22 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
         Diverged: The loss is no longer finite.
         Interrupted: SIGINT or SIGTERM came, and the run has been saved.
     """
-    validate(config)
     mesh = parallel.make_mesh()
-    parallel.check_batch_size(config.train.batch_size, mesh.size)
     first = jax.process_index() == 0
     with processes.together():
+        validate(config)
+        parallel.check_batch_size(config.train.batch_size, mesh.size)
         folder = (
             run_folder.open_run_folder(Path(workdir), config)
             if first
             else Path(workdir).expanduser().absolute()
         )
+    processes.same_everywhere(run_folder.fixed_options(config), "the config")
     with processes.together():
         run_folder.check_shared(folder)
-    processes.same_everywhere(run_folder.fixed_options(config), "the config")
+        results = run_folder.read_json(folder / run_folder.RESULTS)
     handler = writers.log_to_file(folder / "log.txt") if first else logging.NullHandler()
     try:
-        results = run_folder.read_json(folder / run_folder.RESULTS)
         if results is None:
             results = _train(config, folder, mesh)
         else:
@@ -109,6 +109,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         closing_all.enter_context(processes.nobody_left_waiting())  # not even by closing
         with processes.together():
             state, progress = _restore_or_create(checkpoints, programs, mesh)
+        processes.same_everywhere(int(state.step), "the newest readable checkpoint")
         log.info(
             "Training on %s images, %s steps of %d an epoch, %d epochs, on %d %s%s.",
             f"{data.train_size:,}",
