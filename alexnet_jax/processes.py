@@ -242,7 +242,7 @@ class _Lifeline:
         try:
             connection = Client(address, authkey=token)
             connection.send_bytes(str(process).encode())
-        except (OSError, EOFError, AuthenticationError) as error:
+        except (OSError, EOFError, AuthenticationError, ValueError) as error:
             log.warning(
                 "process %d has no connection to process 0 (%s); should another die, it will be "
                 "noticed only after %d s.",
