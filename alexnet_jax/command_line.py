@@ -1,5 +1,7 @@
 """The command line of `main`: --config, --workdir, and --config.section.key for each option.
 
+Beside them stand --coordinator, --num_processes and --process_id, where many processes train.
+
 absl and ml_collections parse it; what is here finds out first what they would only answer with a
 traceback, and turns their own errors into sentences.
 """
@@ -19,13 +21,17 @@ from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax.config import check_type, default_config, flatten, unknown_key_message
 from alexnet_jax.errors import InputError
+from alexnet_jax.processes import Flags
 
 USAGE = """\
 Trains a network: python -m alexnet_jax.main --config=configs/cifar10.py
 
 The same command goes on where an interrupted run stopped. Exit codes: 0 finished, 2 bad input,
-3 the loss diverged, 75 interrupted and saved.
+3 the loss diverged, 69 another process of the run is gone, 75 interrupted and saved.
 """
+
+# The options that are not of the config.
+_PLAIN = ("workdir", *Flags._fields)
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file; --config.section.key=value changes an option."
@@ -33,16 +39,21 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run folder; by default runs/<name of the config file>."
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Address of process 0, host:port, if there are many."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train as one.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
-def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
+def parse(arguments: list[str]) -> tuple[ConfigDict, Path, Flags]:
     """Reads the command line.
 
     Args:
         arguments: Of the process, with the program's name first.
 
     Returns:
-        The config with its changes, and the run folder.
+        The config with its changes, the run folder, and what is said of other processes.
 
     Raises:
         InputError: Whatever can be wrong with it, as one sentence.
@@ -73,7 +84,7 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
         rest = flags.FLAGS(arguments)
     except flags.UnrecognizedFlagError as error:
         near = [f"--config.{key}" for key in options if f".{key}".endswith(f".{error.flagname}")]
-        near += [f"--{key}" for key in difflib.get_close_matches(error.flagname, ["workdir"])]
+        near += [f"--{key}" for key in difflib.get_close_matches(error.flagname, _PLAIN, n=1)]
         hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the options."
         raise InputError(f"--{error.flagname} is no option; {hint}") from None
     except flags.IllegalFlagValueError as error:
@@ -88,7 +99,12 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
     if _WORKDIR.value == "":
         raise InputError("--workdir is empty; name a folder, or leave it out.")
     name = Path(paths[0].split(":", 1)[0]).stem
-    return _CONFIG.value, Path(_WORKDIR.value or Path("runs", name))
+    workdir = Path(_WORKDIR.value or Path("runs", name))
+    return (
+        _CONFIG.value,
+        workdir,
+        Flags(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value),
+    )
 
 
 def _load_config(path: str) -> ConfigDict:
@@ -122,6 +138,9 @@ def _help(path: str | None) -> str:
             USAGE,
             "  --config=FILE      the config file",
             "  --workdir=FOLDER   the run folder; by default runs/<name of the config file>",
+            "  --coordinator=HOST:PORT --num_processes=N --process_id=I",
+            "                     to train in N processes (docs/scaling.md); I is from 0 to N-1,",
+            "                     and the address that of process 0",
             "",
             f"Options and their values {f'in {path}' if path else 'by default'}; "
             "alexnet_jax/config.py says what each means:",

@@ -1,4 +1,8 @@
-"""Devices: a one-dimensional mesh, where arrays lie on it, and how a step is compiled for it."""
+"""Devices: a one-dimensional mesh, where arrays lie on it, and how a step is compiled for it.
+
+With many processes (see `processes`) the mesh is of the devices of all of them, and an array on it
+is one array, of which each process holds the parts that lie on its own devices.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +17,7 @@ AXIS = "data"
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lays the devices, by default all of them, along one axis over which batches are split."""
+    """Lays devices, by default those of all processes, along the axis that splits batches."""
     # Not jax.make_mesh, whose axes are explicit: here jit decides where an operation runs.
     return Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))
 
@@ -31,6 +35,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def split(mesh: Mesh, dimension: int = 0) -> NamedSharding:
     """Each device holds an equal part of the given dimension."""
     return NamedSharding(mesh, PartitionSpec(*[None] * dimension, AXIS))
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Puts arrays of the host on the devices.
+
+    With many processes each must have at least the parts that its own devices are to hold, in
+    arrays of the global shape; these are copied, and nothing is sent between processes.
+    """
+
+    def place_one(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place_one, tree)
 
 
 def split_batch(mesh: Mesh) -> Callable[[Any], Any]:

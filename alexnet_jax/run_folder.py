@@ -6,6 +6,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ CONFIG = "config.json"
 DATASET = "dataset.json"
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
+
+SHARED_SECONDS = 20.0  # until a network file system shows what another host has written
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -76,8 +79,7 @@ def open_run_folder(workdir: Path, config: ConfigDict) -> Path:
             f"--workdir={workdir} cannot be written ({reason}); name a folder that can."
         ) from None
     before = read_json(folder / CONFIG)
-    # Through JSON, so that both sides have lists for tuples.
-    now = json.loads(json.dumps(dict(flatten(config))))
+    now = _options(config)
     if before is None and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise InputError(
             f"--workdir={workdir} holds files but no {CONFIG}, so it is no run folder; "
@@ -98,3 +100,29 @@ def open_run_folder(workdir: Path, config: ConfigDict) -> Path:
             "values to go on with it, or another --workdir to start anew."
         )
     return folder
+
+
+def fixed_options(config: ConfigDict) -> dict[str, Any]:
+    """Returns, as JSON has them, the options that all sessions and processes of a run share."""
+    return {key: value for key, value in _options(config).items() if key not in FREE_KEYS}
+
+
+def check_shared(folder: Path) -> None:
+    """Makes sure that a process sees the folder which another one has opened.
+
+    Raises:
+        InputError: It does not, even after a while.
+    """
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (folder / CONFIG).exists():
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"{folder} is not what the first process has opened; with many processes, "
+                "--workdir must name a folder on a file system that all of their hosts share."
+            )
+        time.sleep(0.1)
+
+
+def _options(config: ConfigDict) -> dict[str, Any]:
+    # Through JSON, so that what is read from a file can be compared: it has lists for tuples.
+    return json.loads(json.dumps(dict(flatten(config))))

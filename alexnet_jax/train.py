@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from alexnet_jax import ops, parallel, report, run_folder, steps, writers
+from alexnet_jax import ops, parallel, processes, report, run_folder, steps, writers
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import validate
 from alexnet_jax.data import augment, batches
@@ -47,6 +47,9 @@ class Programs(NamedTuple):
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Trains the network of a config, or goes on where it stopped, and measures it at the end.
 
+    With many processes (see `processes.joined`) all of them call this alike and get the same
+    results; the first alone writes files.
+
     Args:
         config: As `alexnet_jax.config.default_config` makes it.
         workdir: The run folder; see `alexnet_jax.run_folder`.
@@ -59,18 +62,28 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
         Diverged: The loss is no longer finite.
         Interrupted: SIGINT or SIGTERM came, and the run has been saved.
     """
-    validate(config)
     mesh = parallel.make_mesh()
-    parallel.check_batch_size(config.train.batch_size, mesh.size)
-    folder = run_folder.open_run_folder(Path(workdir), config)
-    handler = writers.log_to_file(folder / "log.txt")
-    try:
+    first = jax.process_index() == 0
+    with processes.together():
+        validate(config)
+        parallel.check_batch_size(config.train.batch_size, mesh.size)
+        folder = (
+            run_folder.open_run_folder(Path(workdir), config)
+            if first
+            else Path(workdir).expanduser().absolute()
+        )
+    processes.same_everywhere(run_folder.fixed_options(config), "the config")
+    with processes.together():
+        run_folder.check_shared(folder)
         results = run_folder.read_json(folder / run_folder.RESULTS)
+    handler = writers.log_to_file(folder / "log.txt") if first else logging.NullHandler()
+    try:
         if results is None:
             results = _train(config, folder, mesh)
         else:
             log.info("This run is finished; nothing is left to do.")
-        _tell_results(results, folder)
+        if first:
+            _tell_results(results, folder)
         return results
     finally:
         logging.getLogger("alexnet_jax").removeHandler(handler)
@@ -78,8 +91,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
 
 
 def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
-    data = load_data(config, mesh)
-    run_folder.write_json(folder / run_folder.DATASET, data.info)
+    first = jax.process_index() == 0
+    with processes.together():
+        data = load_data(config, mesh)
+    processes.same_everywhere(data.info, "the data set")
+    if first:
+        run_folder.write_json(folder / run_folder.DATASET, data.info)
     steps_per_epoch = data.steps_per_epoch
 
     chosen = ops.choose(config.cpu_kernels, mesh.devices.flat[0].platform)
@@ -90,18 +107,22 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
 
     with ExitStack() as closing_all:
         checkpoints = closing_all.enter_context(closing(Checkpoints(folder / "checkpoints")))
-        state, progress = _restore_or_create(checkpoints, programs, mesh)
+        closing_all.enter_context(processes.nobody_left_waiting())  # not even by closing
+        with processes.together():
+            state, progress = _restore_or_create(checkpoints, programs, mesh)
+        processes.same_everywhere(int(state.step), "the newest readable checkpoint")
         log.info(
-            "Training on %s images, %s steps of %d an epoch, %d epochs, on %d %s.",
+            "Training on %s images, %s steps of %d an epoch, %d epochs, on %d %s%s.",
             f"{data.train_size:,}",
             f"{steps_per_epoch:,}",
             config.train.batch_size,
             config.train.epochs,
             mesh.size,
             f"{mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}",
+            f" of {jax.process_count()} processes" if jax.process_count() > 1 else "",
         )
         writer = writers.RunWriter(
-            folder,
+            folder if first else None,
             step=int(state.step),
             total_steps=config.train.epochs * steps_per_epoch,
             steps_per_epoch=steps_per_epoch,
@@ -114,12 +135,14 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
             results = _measure_at_the_end(config, data, programs, state, writer, mesh)
             results["best_step"] = checkpoints.best_step
     # All is written now, also by the threads and the process that write behind the run's back.
-    records = writers.read_metrics(folder / run_folder.METRICS)
-    title = f"{config.model.name} on {config.data.name}: {folder.name}"
-    report.plot_curves(records, folder / "curves.png", title)
+    if first:
+        records = writers.read_metrics(folder / run_folder.METRICS)
+        title = f"{config.model.name} on {config.data.name}: {folder.name}"
+        report.plot_curves(records, folder / "curves.png", title)
     if stopped:
         raise Interrupted(int(state.step))
-    run_folder.write_json(folder / run_folder.RESULTS, results)
+    if first:
+        run_folder.write_json(folder / run_folder.RESULTS, results)
     return results
 
 
@@ -200,6 +223,7 @@ def _loop(
         log.info("Compiling the training step, which takes some seconds.")
     last_save = time.monotonic()
     pending: tuple[int, int, TrainMetrics] | None = None
+    agree = processes.Agreement(mesh)
 
     def tell(last: int, count: int, metrics: TrainMetrics) -> None:
         """Waits for a dispatch that ended at step `last`, and writes what it measured."""
@@ -229,13 +253,14 @@ def _loop(
             epoch_ends = step % steps_per_epoch == 0
             every = config.checkpoint.every_seconds
             save_is_due = bool(every) and time.monotonic() - last_save >= every
-            stopping = stop_requested()
+            stopping, save_is_due = agree(stop_requested(), save_is_due)
             if epoch_ends or save_is_due or stopping:
                 tell(*pending)
                 pending = None
                 accuracy = _validate(data, programs, state, writer) if epoch_ends else None
                 checkpoints.save(state, {"train_seconds": writer.seconds}, accuracy)
                 last_save = time.monotonic()
+                agree.forget()
         checkpoints.wait()  # while signals are still ours: the save is what they ask for
     return step < total_steps, state
 

@@ -169,7 +169,7 @@ class RunWriter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         *,
         step: int,
         total_steps: int,
@@ -180,7 +180,7 @@ class RunWriter:
         """Opens everything.
 
         Args:
-            folder: The run folder.
+            folder: The run folder; None to leave no files, as all processes but the first do.
             step: Where the run stands; what was written of later steps is dropped.
             total_steps: Where it ends.
             steps_per_epoch: To tell the epoch of a step.
@@ -188,8 +188,8 @@ class RunWriter:
             tensorboard: Whether to write TensorBoard events.
         """
         self._steps_per_epoch = steps_per_epoch
-        self._metrics = MetricsFile(folder / METRICS, last_step=step)
-        self._tensorboard = TensorBoard(folder) if tensorboard else None
+        self._metrics = MetricsFile(folder / METRICS, last_step=step) if folder else None
+        self._tensorboard = TensorBoard(folder) if folder and tensorboard else None
         self.progress = Progress(total_steps)
         self._seconds_before = seconds_before
         self._start = time.monotonic()
@@ -209,22 +209,27 @@ class RunWriter:
         record = self._record(step, "train", figures)
         record["images"] = images
         record["images_per_second"] = sum(n for _, n in laps) / max(laps[-1][0] - first, 1e-9)
-        self._metrics.write(record)
+        self._write(record)
         self.progress.update(record)
 
     def measured(self, step: int, split: str, figures: dict[str, float]) -> None:
         """Tells of an evaluation on `split`; what it took is not counted as training pace."""
-        self._metrics.write(self._record(step, split, figures))
+        self._write(self._record(step, split, figures))
         self._laps.clear()
         self._laps.append((time.monotonic(), 0))
 
     def _record(self, step: int, split: str, figures: dict[str, float]) -> dict[str, Any]:
         return {"step": step, "epoch": step / self._steps_per_epoch, "split": split, **figures}
 
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._metrics:
+            self._metrics.write(record)
+
     def close(self) -> None:
         """Returns when everything is written."""
         self.progress.close()
-        self._metrics.close()
+        if self._metrics:
+            self._metrics.close()
         if self._tensorboard:
             self._tensorboard.close()
 
@@ -241,12 +246,12 @@ class _TerminalHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def log_to_terminal() -> None:
-    """Shows the package's messages on standard error."""
+def log_to_terminal(level: int = logging.INFO) -> None:
+    """Shows the package's messages from `level` on on standard error."""
     package = logging.getLogger("alexnet_jax")
     if not any(isinstance(handler, _TerminalHandler) for handler in package.handlers):
         package.addHandler(_TerminalHandler())
-    package.setLevel(logging.INFO)
+    package.setLevel(level)
     package.propagate = False
     # absl lets every library talk at INFO, such as JAX of the backends that it did not find.
     logging.getLogger("jax").setLevel(logging.WARNING)

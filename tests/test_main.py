@@ -133,6 +133,9 @@ BAD = [
     ([GIVEN, "--workdr=x"], "--workdr is no option; did you mean --workdir?"),
     ([GIVEN, "--workdir"], "Missing value for flag --workdir"),
     ([GIVEN, "--workdir="], "--workdir is empty"),
+    ([GIVEN, "--coordinator=a:1"], "--coordinator is given without --num_processes and --process_"),
+    ([GIVEN, "--num_processes=many"], "flag --num_processes=many: invalid literal for int()"),
+    ([GIVEN, "--process_ids=1"], "--process_ids is no option; did you mean --process_id?"),
     (["--config=nowhere.py", "--help"], "--config=nowhere.py is not a file"),
 ]
 
@@ -154,6 +157,7 @@ GOOD = [
     ([GIVEN, "--config.augment.flip=true"], {"augment.flip": True}),
     ([GIVEN, "--noconfig.writers.tensorboard"], {"writers.tensorboard": False}),
     ([GIVEN, "--config.data.name=1"], {"data.name": "1"}),
+    ([GIVEN, "--num_processes=1"], {"workdir": "runs/digits"}),
 ]
 
 HELP = [["--help"], ["-h"], ["--helpfull"], [GIVEN, "--help"], [GIVEN, "--config.a=1", "--help"]]
@@ -209,6 +213,7 @@ def test_help_shows_the_options_and_their_values(outcomes, line):
     epochs = "  --config.data.name=" + ("digits" if GIVEN in line else "cifar10")
     assert epochs in out.splitlines()
     assert "  --workdir=FOLDER" in out
+    assert "  --coordinator=HOST:PORT --num_processes=N --process_id=I" in out
     assert max(map(len, out.splitlines())) <= 100
 
 

@@ -45,6 +45,18 @@ def test_replicated_gives_every_device_the_whole():
         np.testing.assert_array_equal(part, array)
 
 
+def test_place_puts_on_each_device_its_part():
+    mesh = parallel.make_mesh()
+    arrays = {"a": np.arange(48, dtype=np.int32).reshape(16, 3), "b": np.arange(8, dtype=np.uint8)}
+    placed = parallel.place(arrays, parallel.split(mesh))
+    for name, array in arrays.items():
+        assert placed[name].dtype == array.dtype
+        for device, part in zip(jax.devices(), np.split(array, 8), strict=True):
+            np.testing.assert_array_equal(shards(placed[name])[device], part)
+    for part in shards(parallel.place(arrays["a"], parallel.replicated(mesh))).values():
+        np.testing.assert_array_equal(part, arrays["a"])
+
+
 @pytest.mark.parametrize("dimension", [0, 1])
 def test_split_gives_each_device_its_part(dimension):
     mesh, array = parallel.make_mesh(), np.arange(16 * 24).reshape(16, 24)

@@ -4,7 +4,6 @@ import logging
 import time
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -69,7 +68,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> ResidentData:
         time.monotonic() - started,
     )
     return ResidentData(
-        train=jax.device_put(train, parallel.replicated(mesh)),
+        train=parallel.place(train, parallel.replicated(mesh)),
         train_size=len(first),
         steps_per_epoch=len(first) // config.train.batch_size,
         validation=place_batches(
@@ -93,6 +92,6 @@ def place_batches(
     """Places all images on the devices, as batches that these can share equally."""
     batch_size = -(-min(batch_size, max(1, len(labels))) // mesh.size) * mesh.size
     return [
-        jax.device_put(batch, parallel.split(mesh))
+        parallel.place(batch, parallel.split(mesh))
         for batch in batches.padded_batches(images, labels, batch_size)
     ]

@@ -1,0 +1,195 @@
+"""Trains in several processes on one machine, to try what a cluster would do.
+
+python scripts/launch_local.py 2 --devices_per_process=2 -- --config=configs/digits.py
+
+What follows the -- are the arguments of alexnet_jax.main. On a machine with GPUs each process gets
+its own; elsewhere CPU devices, of which there may be more than cores. Ctrl-C and SIGTERM go to all
+processes. If one fails, the others get some seconds to end by themselves.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+# A process notices at once that another is gone, by its connections; this is beyond that.
+GRACE_SECONDS = 15.0
+EXIT_INTERRUPTED = 75  # of alexnet_jax.main: saved, and all do so together
+
+
+def main() -> None:
+    """Runs what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("processes", type=int, metavar="N", help="how many processes")
+    parser.add_argument("--devices_per_process", type=int, default=1, metavar="K")
+    parser.add_argument("arguments", nargs="*", help="of alexnet_jax.main, after --")
+    options = parser.parse_args()
+    count, devices = options.processes, options.devices_per_process
+    if count < 1 or devices < 1:
+        _refuse(f"{count} processes with {devices} devices are impossible; give at least 1 of each")
+    address = f"127.0.0.1:{free_port()}"
+    commands = [
+        [
+            *(sys.executable, "-m", "alexnet_jax.main", *options.arguments),
+            *(f"--coordinator={address}", f"--num_processes={count}", f"--process_id={process}"),
+        ]
+        for process in range(count)
+    ]
+    code = launch(commands, [device_variables(p, count, devices, os.environ) for p in range(count)])
+    if code == EXIT_INTERRUPTED:
+        print(
+            f"To go on with all processes:\n  {shlex.join(['python', *sys.argv])}", file=sys.stderr
+        )
+    sys.exit(code)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}.", file=sys.stderr)
+    sys.exit(2)
+
+
+def free_port() -> int:
+    """Returns a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def gpus(environment: Mapping[str, str]) -> list[str]:
+    """Names the GPUs that JAX may use; none without its CUDA plugin."""
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    platforms = environment.get("JAX_PLATFORMS", "cuda")
+    if not any(map(importlib.util.find_spec, plugins)) or "cuda" not in platforms:
+        return []
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def device_variables(
+    process: int, count: int, devices: int, environment: Mapping[str, str]
+) -> dict[str, str]:
+    """Returns the variables that give one of `count` processes its own devices."""
+    found = gpus(environment)
+    if not found:
+        return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    if len(found) < count * devices:
+        _refuse(
+            f"{count} processes with {devices} GPUs each need {count * devices}, and there are "
+            f"{len(found)}; give fewer, or JAX_PLATFORMS=cpu to try it without GPUs"
+        )
+    own = found[process * devices : (process + 1) * devices]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+
+
+def launch(commands: Sequence[Sequence[str]], variables: Sequence[Mapping[str, str]]) -> int:
+    """Runs all commands at once; the first has the terminal, and the others' lines a number.
+
+    Args:
+        commands: With their arguments, one for each process.
+        variables: Of their environments, beside those of this process.
+
+    Returns:
+        The exit code of the process that was the first to fail, or 0; as a shell does, 128 + the
+        number of the signal that killed it.
+    """
+    started: list[subprocess.Popen[Any]] = []
+    readers = []
+    with _passing_signals_to(started):
+        try:
+            for number, (command, own) in enumerate(zip(commands, variables, strict=True)):
+                pipe = None if number == 0 else subprocess.PIPE
+                process = subprocess.Popen(
+                    command,
+                    env={**os.environ, **own},
+                    stdin=subprocess.DEVNULL,
+                    stdout=pipe,
+                    stderr=pipe and subprocess.STDOUT,
+                    start_new_session=True,  # else a terminal's Ctrl-C would reach them twice
+                )
+                started.append(process)
+                if process.stdout:
+                    readers.append(_repeat(number, process.stdout))
+            return _wait(started)
+        finally:
+            for process in started:
+                process.kill()  # does nothing to those that have ended
+            for reader in readers:
+                reader.join()
+
+
+def _wait(started: Sequence[subprocess.Popen[Any]]) -> int:
+    """Waits for all; returns the first exit code that is not 0."""
+    first = 0
+    deadline = float("inf")
+    while any(process.poll() is None for process in started):
+        codes = [process.poll() or 0 for process in started]
+        if not first and any(codes):
+            number, code = next((n, c) for n, c in enumerate(codes) if c)
+            first = 128 - code if code < 0 else code
+            deadline = time.monotonic() + GRACE_SECONDS
+            if code < 0:
+                _say(f"process {number} was killed by {signal.Signals(-code).name}.")
+            elif code != EXIT_INTERRUPTED:
+                _say(f"process {number} ended with exit code {code}.")
+        if time.monotonic() > deadline:
+            for number, process in enumerate(started):
+                if process.poll() is None:
+                    _say(f"process {number} still runs {GRACE_SECONDS:.0f} s later; killing it.")
+                    process.kill()
+            deadline = float("inf")
+        time.sleep(0.05)
+    if first:
+        return first
+    code = next((process.returncode for process in started if process.returncode), 0)
+    return 128 - code if code < 0 else code
+
+
+def _say(message: str) -> None:
+    print(f"launch_local: {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _passing_signals_to(started: Sequence[subprocess.Popen[Any]]) -> Iterator[None]:
+    def pass_on(number: int, frame: object) -> None:
+        for process in started:
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    old = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _repeat(number: int, output: IO[bytes]) -> threading.Thread:
+    """Copies the lines of a process to standard error, each with its number before it."""
+
+    def copy() -> None:
+        with output:
+            for line in output:
+                if not line.startswith(b"[Gloo]"):  # XLA counts its connections
+                    print(f"[{number}] {line.decode(errors='replace').rstrip()}", file=sys.stderr)
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    return thread
+
+
+if __name__ == "__main__":
+    main()
