@@ -78,24 +78,23 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
         InputError: The data cannot be had, or are fewer than a batch.
     """
     started = time.monotonic()
-    options = config.data
-    source = load_source(options, options.train_split)
-    test = load_source(options, options.test_split)  # opened now, to know that it is there
-    resident = _is_resident(options, len(source), mesh)
+    source = load_source(config.data, config.data.train_split)
+    test = load_source(config.data, config.data.test_split)  # opened now, to know that it is there
+    resident = _is_resident(config.data, len(source), mesh)
     if resident:
         images, labels = cache.decoded(source)
     else:
-        labels = _labels(source, options.validation_fraction)
-    first, second = batches.stratified_split(labels, options.validation_fraction)
+        labels = _labels(source, config.data.validation_fraction)
+    first, second = batches.stratified_split(labels, config.data.validation_fraction)
     if len(first) < config.train.batch_size:
         raise InputError(
-            f"config.train.batch_size is {config.train.batch_size}; {options.name} has "
+            f"config.train.batch_size is {config.train.batch_size}; {config.data.name} has "
             f"{len(first):,} images to train on, so it must be at most that."
         )
-    sample = first[_evenly_spaced(len(first), STATISTICS_PIXELS // options.image_size**2)]
+    sample = first[_evenly_spaced(len(first), STATISTICS_PIXELS // config.data.image_size**2)]
     train: batches.Dataset | StreamedDataset
     validation: list[batches.Batch] | StreamedBatches
-    measure_on = functools.partial(_measure_on, options, config.train.eval_batch_size, mesh)
+    measure_on = functools.partial(_measure_on, config.data, config.train.eval_batch_size, mesh)
     if resident:
         host = {"image": images[first], "label": labels[first]}
         counts = count_values(host["image"] if len(sample) == len(first) else images[sample])
@@ -105,16 +104,16 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
         del images
         train = jax.device_put(host, parallel.replicated(mesh))
     else:
-        counts = _count_streamed(source, sample, options)
+        counts = _count_streamed(source, sample, config.data)
         validation = measure_on(source, second)
         train = StreamedDataset(
-            source, first, config.train.batch_size, config.train.epochs, mesh, options
+            source, first, config.train.batch_size, config.train.epochs, mesh, config.data
         )
     mean, deviation = augment.channel_statistics(counts)
     log.info(
         "%s %s: %s images to train on, %s to validate, %s to test, %d classes (%.1f s).",
         "Read" if resident else "Streaming",
-        options.name,
+        config.data.name,
         f"{len(first):,}",
         f"{len(second):,}",
         f"{len(test):,}",
@@ -128,7 +127,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
         validation=validation,
         read_test=functools.partial(measure_on, test),
         info={
-            "name": options.name,
+            "name": config.data.name,
             "class_names": list(source.class_names),
             "image_shape": list(source.image_shape),
             "mean": mean,
@@ -159,10 +158,10 @@ def _host_memory() -> list[int]:
     return found
 
 
-def _is_resident(options: ConfigDict, size: int, mesh: Mesh) -> bool:
-    if options.resident == "auto":
-        return size * 3 * options.image_size**2 <= resident_limit(mesh)
-    return options.resident == "on"
+def _is_resident(config: ConfigDict, size: int, mesh: Mesh) -> bool:
+    if config.resident == "auto":
+        return size * 3 * config.image_size**2 <= resident_limit(mesh)
+    return config.resident == "on"
 
 
 def _labels(source: Source, validation_fraction: float) -> np.ndarray:
@@ -175,7 +174,7 @@ def _evenly_spaced(size: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, size - 1, min(size, max(most, 1))).astype(int))
 
 
-def _count_streamed(source: Source, indices: np.ndarray, options: ConfigDict) -> np.ndarray:
+def _count_streamed(source: Source, indices: np.ndarray, config: ConfigDict) -> np.ndarray:
     """Counts the values of some images, as `count_values` does, once for all runs."""
 
     def compute() -> cache.Arrays:
@@ -184,7 +183,7 @@ def _count_streamed(source: Source, indices: np.ndarray, options: ConfigDict) ->
         with (
             tqdm(desc="Measuring the colours", total=len(rows), disable=None, delay=1) as bar,
             read_ahead(
-                rows, lambda batch: batch, workers=options.workers, ahead=options.read_ahead
+                rows, lambda batch: batch, workers=config.workers, ahead=config.read_ahead
             ) as stream,
         ):
             for batch in stream:
@@ -192,12 +191,12 @@ def _count_streamed(source: Source, indices: np.ndarray, options: ConfigDict) ->
                 bar.update()
         return {"counts": counts}
 
-    fraction = options.validation_fraction
+    fraction = config.validation_fraction
     return cache.kept(source, "colours", compute, validation=fraction, size=len(indices))["counts"]
 
 
 def _measure_on(
-    options: ConfigDict,
+    config: ConfigDict,
     batch_size: int,
     mesh: Mesh,
     source: Source,
@@ -205,9 +204,9 @@ def _measure_on(
 ) -> list[batches.Batch] | StreamedBatches:
     """Returns the batches of a source, or some of its images, to measure on: read or to stream."""
     size = len(source) if indices is None else len(indices)
-    if not _is_resident(options, size, mesh):
+    if not _is_resident(config, size, mesh):
         chosen = np.arange(size) if indices is None else indices
-        return StreamedBatches(source, chosen, shared_size(batch_size, size, mesh), mesh, options)
+        return StreamedBatches(source, chosen, shared_size(batch_size, size, mesh), mesh, config)
     images, labels = cache.decoded(source) if indices is None else source.read(indices)
     return place_batches(images, labels, batch_size, mesh)
 

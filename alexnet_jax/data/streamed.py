@@ -36,7 +36,7 @@ class StreamedDataset:
         batch_size: B, images in each batch, over all processes.
         epochs: How many there will be.
         mesh: The devices that share each batch.
-        options: The section `config.data`; `workers` and `read_ahead` are used.
+        config: The section `config.data`; `workers` and `read_ahead` are used.
     """
 
     source: Source
@@ -44,7 +44,7 @@ class StreamedDataset:
     batch_size: int
     epochs: int
     mesh: Mesh
-    options: ConfigDict
+    config: ConfigDict
 
     @contextmanager
     def stream(self, key: Array, step: int) -> Iterator[Iterator[Batch]]:
@@ -73,7 +73,7 @@ class StreamedDataset:
                 key, self.indices, self.batch_size, epochs, jax.process_index(), jax.process_count()
             )
             rows = rows[max(0, step - epoch * steps_per_epoch) :]
-            with _open(self.source, rows, self.mesh, self.options) as stream:
+            with _open(self.source, rows, self.mesh, self.config) as stream:
                 yield from stream
 
 
@@ -86,14 +86,14 @@ class StreamedBatches:
         indices: int[N], which of the source's images they are.
         batch_size: B, images in each batch, over all processes; the last is filled up.
         mesh: The devices that share each batch.
-        options: The section `config.data`; `workers` and `read_ahead` are used.
+        config: The section `config.data`; `workers` and `read_ahead` are used.
     """
 
     source: Source
     indices: np.ndarray
     batch_size: int
     mesh: Mesh
-    options: ConfigDict
+    config: ConfigDict
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
@@ -102,7 +102,7 @@ class StreamedBatches:
         rows = process_share(
             in_rows(self.indices, self.batch_size), jax.process_index(), jax.process_count()
         )
-        with _open(self.source, rows, self.mesh, self.options) as stream:
+        with _open(self.source, rows, self.mesh, self.config) as stream:
             yield from stream
 
 
@@ -147,12 +147,12 @@ def process_share(rows: np.ndarray, process_index: int, process_count: int) -> n
     return rows[:, process_index * share : (process_index + 1) * share]
 
 
-def _open(source: Source, rows: np.ndarray, mesh: Mesh, options: ConfigDict) -> Any:
+def _open(source: Source, rows: np.ndarray, mesh: Mesh, config: ConfigDict) -> Any:
     return read_ahead(
         Batches(source, rows),
         placement(mesh, jax.process_count()),
-        workers=options.workers,
-        ahead=options.read_ahead,
+        workers=config.workers,
+        ahead=config.read_ahead,
     )
 
 
