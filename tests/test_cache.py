@@ -1,6 +1,7 @@
 """What is kept beside a prepared set: found again, noticed when wrong, and never needed."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,24 @@ from alexnet_jax.data import cache
 from alexnet_jax.data.sources import Source, load_source
 
 
-@pytest.fixture
-def source(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "WORTH_KEEPING", 0)
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    open_source(folder)
+    return folder
+
+
+def open_source(folder):
     config = default_config()
-    config.data.name = "digits"
-    config.data.data_dir = str(tmp_path)
-    config.data.image_size = 8
+    config.data.update({"name": "digits", "data_dir": str(folder), "image_size": 8})
     return load_source(config.data, "test[:100]")
+
+
+@pytest.fixture
+def source(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "WORTH_KEEPING", 0)
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    return open_source(tmp_path)
 
 
 @pytest.fixture
@@ -81,9 +92,7 @@ def test_other_files_make_it_stale(source, decodings, tmp_path):
     assert_right(source)
     for path in Path(source.folder).glob("*array_record*"):
         os.utime(path, ns=(0, 0))
-    config = default_config()
-    config.data.update({"name": "digits", "data_dir": str(tmp_path), "image_size": 8})
-    assert_right(load_source(config.data, "test[:100]"))
+    assert_right(open_source(tmp_path))
     assert len(decodings) == 2
     assert len(kept_files(source)) == 1
 

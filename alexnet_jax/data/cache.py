@@ -71,7 +71,8 @@ def kept(source: Source, name: str, compute: Callable[[], Arrays], **options: An
 
 def _read(path: Path, key: str) -> Arrays | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, as NumPy leaves what is no zip file open.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             # Checked first: another key tells that the rest is of no use.
             return {n: file[n] for n in file.files if n != "key"} if file["key"] == key else None
     except FileNotFoundError:
