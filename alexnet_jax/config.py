@@ -37,6 +37,9 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.data.test_split = "test"
     config.data.validation_fraction = 0.1  # held out of train, per class; 0 trains on all of it
     config.data.image_size = 32  # pixels; images of another size are resized
+    config.data.resident = "auto"  # "on" the devices, "off" streams; "auto" by memory: docs/data.md
+    config.data.workers = 2  # processes that read where images are streamed; 0 reads in threads
+    config.data.read_ahead = 2  # batches that each of these has ready, or threads
 
     config.augment = ConfigDict()
     config.augment.crop_padding = 4  # pixels of reflected border before a random crop; 0 is off
@@ -79,7 +82,10 @@ def default_config(model: str = "alexnet") -> ConfigDict:
 
 # What may change between the runs that share a folder: where things lie and how often they are
 # written, never what is computed.
-FREE_KEYS = frozenset({"data.data_dir", "checkpoint.every_seconds", "writers.tensorboard"})
+FREE_KEYS = frozenset(
+    {"data.data_dir", "data.resident", "data.workers", "data.read_ahead"}
+    | {"checkpoint.every_seconds", "writers.tensorboard"}
+)
 
 
 # A step computes in float32 and counts in int32. Plain numbers, as NumPy's compare no huge int.
@@ -113,6 +119,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.test_split": (bool, "the name of a split"),
     "data.validation_fraction": _FRACTION,
     "data.image_size": ((lambda value: 8 <= value <= 1024), "between 8 and 1024"),
+    "data.resident": _one_of("auto", "on", "off"),
+    "data.workers": _at_least(0),
+    "data.read_ahead": _at_least(1),
     "augment.crop_padding": _at_least(0),
     "optimizer.name": _one_of("adam", "adamw", "sgd"),
     "optimizer.learning_rate": _POSITIVE,

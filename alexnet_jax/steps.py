@@ -23,6 +23,11 @@ from alexnet_jax.state import TrainState
 ORDER_STREAM, STEP_STREAM = 0, 1
 
 
+def order_key(key: Array) -> Array:
+    """Returns the key of the order of all epochs (`epoch_order`) of the run with a key."""
+    return jax.random.fold_in(key, ORDER_STREAM)
+
+
 def cross_entropy(logits: Array, labels: Array, label_smoothing: float = 0.0) -> Array:
     """Softmax cross-entropy of each example, in nats.
 
@@ -172,8 +177,7 @@ def train_steps(
     """
     size = dataset["label"].shape[0]
     steps_per_epoch = size // batch_size
-    order_key = jax.random.fold_in(state.key, ORDER_STREAM)
-    order = epoch_order(order_key, state.step // steps_per_epoch, size)
+    order = epoch_order(order_key(state.key), state.step // steps_per_epoch, size)
 
     def body(state: TrainState, _: None) -> tuple[TrainState, TrainMetrics]:
         position = state.step % steps_per_epoch

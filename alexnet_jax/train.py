@@ -5,7 +5,7 @@ import importlib.metadata
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 from alexnet_jax import ops, parallel, processes, report, run_folder, steps, writers
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import validate
-from alexnet_jax.data import augment, batches
-from alexnet_jax.data.resident import ResidentData, load_data, place_batches
+from alexnet_jax.data import augment, batches, streamed
+from alexnet_jax.data.resident import RunData, load_data
 from alexnet_jax.errors import Diverged, Interrupted
 from alexnet_jax.interrupts import stop_requests
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
@@ -147,7 +147,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
 
 
 def _build(
-    config: ConfigDict, model: nn.Module, schedule: optax.Schedule, data: ResidentData, mesh: Mesh
+    config: ConfigDict, model: nn.Module, schedule: optax.Schedule, data: RunData, mesh: Mesh
 ) -> Programs:
     """Ties the pure functions of `steps` and `state` to this run's options and devices."""
     optimizer = create_optimizer(config.optimizer, schedule)
@@ -162,8 +162,13 @@ def _build(
         ema_decay=config.train.ema_decay,
     )
 
+    if isinstance(data.train, streamed.StreamedDataset):
+        compiled = parallel.compile_update(one_step, mesh)
+
     @functools.cache
     def advance(count: int) -> Callable[..., tuple[TrainState, TrainMetrics]]:
+        if isinstance(data.train, streamed.StreamedDataset):
+            return functools.partial(streamed.advance, step_fn=compiled, num_steps=count)
         several = functools.partial(
             steps.train_steps,
             step_fn=one_step,
@@ -204,7 +209,7 @@ def _restore_or_create(
 
 def _loop(
     config: ConfigDict,
-    data: ResidentData,
+    data: RunData,
     programs: Programs,
     schedule: optax.Schedule,
     state: TrainState,
@@ -238,13 +243,16 @@ def _loop(
         figures["learning_rate"] = rate
         writer.trained(last, count * config.train.batch_size, figures)
 
-    with stop_requests() as stop_requested:
+    with (
+        stop_requests() as stop_requested,
+        data.feed(steps.order_key(state.key), step) as feed,
+    ):
         stopping = False
         while step < total_steps and not stopping:
             # Dispatches end at the same steps whether or not the run was interrupted.
             position = step % steps_per_epoch
             count = min(per_dispatch - position % per_dispatch, steps_per_epoch - position)
-            state, metrics = programs.advance(count)(state, data.train)
+            state, metrics = programs.advance(count)(state, feed)
             step += count
             if pending:  # one dispatch late, so that the device always has work
                 tell(*pending)
@@ -266,14 +274,14 @@ def _loop(
 
 
 def _validate(
-    data: ResidentData, programs: Programs, state: TrainState, writer: writers.RunWriter
+    data: RunData, programs: Programs, state: TrainState, writer: writers.RunWriter
 ) -> float | None:
     """Measures the network on the validation images; returns the accuracy to judge it by."""
     if not data.validation:
         return None
     step = int(state.step)
-    for split, measured in _versions(state, "validation"):
-        result = evaluate(programs.measure, measured, data.validation)
+    results = evaluate(programs.measure, _versions(state, "validation"), data.validation)
+    for split, result in results.items():
         figures = {name: float(result[name]) for name in ("loss", "accuracy")}
         writer.measured(step, split, figures)
         log.info(
@@ -289,7 +297,7 @@ def _validate(
 
 def _measure_at_the_end(
     config: ConfigDict,
-    data: ResidentData,
+    data: RunData,
     programs: Programs,
     state: TrainState,
     writer: writers.RunWriter,
@@ -307,12 +315,8 @@ def _measure_at_the_end(
         },
     }
     log.info("Reading the test set, for the first and only time.")
-    test = place_batches(*data.test.read_all(), config.train.eval_batch_size, mesh)
-    for split, batched in (("validation", data.validation), ("test", test)):
-        for name, measured in _versions(state, split):
-            if not batched:
-                continue
-            result = evaluate(programs.measure, measured, batched)
+    for split, batched in (("validation", data.validation), ("test", data.read_test())):
+        for name, result in evaluate(programs.measure, _versions(state, split), batched).items():
             figures = {key: float(result[key]) for key in ("loss", "accuracy")}
             results[name] = figures | {"confusion": np.asarray(result["confusion"]).tolist()}
             if split == "test":  # the validation's stand there already
@@ -322,28 +326,33 @@ def _measure_at_the_end(
 
 def evaluate(
     measure: Callable[[TrainState, batches.Batch], EvalMetrics],
-    state: TrainState,
-    batched: list[batches.Batch],
-) -> dict[str, Any]:
-    """Measures a network on every image.
+    states: dict[str, TrainState],
+    batched: Iterable[batches.Batch],
+) -> dict[str, dict[str, Any]]:
+    """Measures networks on every image, which is read once for all of them.
 
     Args:
         measure: `steps.eval_step`, compiled, with all but state and batch given.
-        state: Whose `variables` are measured.
+        states: By name; their `variables` are measured.
         batched: Batches with masks.
 
     Returns:
-        Mean `loss` and `accuracy` over the images, and `confusion` int32[classes, classes].
+        By the same names: mean `loss` and `accuracy` over the images, and `confusion`
+        int32[classes, classes]. Nothing if there are no batches.
     """
-    total = functools.reduce(EvalMetrics.merge, (measure(state, batch) for batch in batched))
-    return jax.device_get(total).compute()
+    totals: dict[str, EvalMetrics] = {}
+    for batch in batched:
+        before = dict(totals)
+        for name, state in states.items():
+            metrics = measure(state, batch)
+            totals[name] = before[name].merge(metrics) if before else metrics
+        jax.block_until_ready(before)  # else batches that are read fast pile up on the device
+    return {name: total.compute() for name, total in jax.device_get(totals).items()}
 
 
-def _versions(state: TrainState, split: str) -> Iterator[tuple[str, TrainState]]:
-    """Yields what is to be measured on a split: the weights, and their average if it is kept."""
-    yield split, state
-    if state.ema:
-        yield f"{split}_ema", state.averaged()
+def _versions(state: TrainState, split: str) -> dict[str, TrainState]:
+    """Returns what is to be measured on a split: the weights, and their average if it is kept."""
+    return {split: state} | ({f"{split}_ema": state.averaged()} if state.ema else {})
 
 
 def _tell_results(results: dict[str, Any], folder: Path) -> None:

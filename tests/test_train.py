@@ -150,10 +150,13 @@ def test_the_test_set_is_read_once_and_last(config, tmp_path, monkeypatch):
     assert log == ["digits train", "measure", "digits test", "measure", "measure"]
 
 
-@pytest.mark.parametrize("stop_at", [7, 14])
+@pytest.mark.parametrize(("stop_at", "resident"), [(7, "on"), (14, "on"), (14, "off")])
 def test_stopped_by_sigterm_and_resumed_is_bit_equal(
-    whole_run, config, tmp_path, monkeypatch, stop_at
+    whole_run, config, tmp_path, monkeypatch, stop_at, resident
 ):
+    """Also where the images are streamed, to the run whose images lie on the devices."""
+    config.data.resident = resident
+    config.data.workers = 0
     update = writers.Progress.update
 
     def stop_then_update(self, record):

@@ -55,25 +55,24 @@ def create_augment(config: ConfigDict) -> Augment:
     return augment
 
 
-def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Measures mean and standard deviation of each channel, with values scaled to 0..1.
+def channel_statistics(counts: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Works out mean and standard deviation of each channel, with values scaled to 0..1.
 
     Args:
-        images: uint8[N, H, W, C].
+        counts: int64[C, 256], how often each value occurs; this makes the sums exact, in whatever
+            order the images were read, and needs no float copy of them.
 
     Returns:
         (means, deviations), C floats each; a channel that never changes has deviation 1.
     """
     values = np.arange(256) / 255
     means, deviations = [], []
-    for channel in range(images.shape[-1]):
-        # A histogram makes the sums exact and needs no float copy of the data set.
-        counts = np.bincount(images[..., channel].reshape(-1), minlength=256)
-        mean = float(counts @ values / counts.sum())
-        variance = float(counts @ (values - mean) ** 2 / counts.sum())
+    for channel in counts:
+        mean = float(channel @ values / channel.sum())
+        variance = float(channel @ (values - mean) ** 2 / channel.sum())
         means.append(mean)
         # Not by the variance, which rounding leaves a little above 0.
-        deviations.append(variance**0.5 if np.count_nonzero(counts) > 1 else 1.0)
+        deviations.append(variance**0.5 if np.count_nonzero(channel) > 1 else 1.0)
     return tuple(means), tuple(deviations)
 
 

@@ -1,43 +1,73 @@
-"""The data of a run, read once and placed on the devices as uint8."""
+"""The data of a run: on the devices as uint8 where they fit, streamed where they do not."""
 
+import functools
 import logging
+import os
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from alexnet_jax import parallel
-from alexnet_jax.data import augment, batches
+from alexnet_jax.data import augment, batches, cache
+from alexnet_jax.data.images import count_values
+from alexnet_jax.data.reading import Batches, in_rows, read_ahead
 from alexnet_jax.data.sources import Source, load_source
+from alexnet_jax.data.streamed import StreamedBatches, StreamedDataset
 from alexnet_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
+# A quarter leaves the rest to the network, to copies on the way, and to whoever else computes here.
+MEMORY_SHARE = 4
+# Pixels that mean and deviation are measured on, evenly spaced over the images: all of CIFAR-10;
+# 5,000 photographs of 224 x 224, which tell the mean to 1% of the deviation in seconds.
+STATISTICS_PIXELS = 2**28
 
-class ResidentData(NamedTuple):
+
+class RunData(NamedTuple):
     """The images of a run; the test set is open and not yet read.
 
     Attributes:
-        train: image uint8[N, S, S, 3] and label int32[N], on every device.
+        train: image uint8[N, S, S, 3] and label int32[N], on every device; or what streams them.
         train_size: N.
         steps_per_epoch: Whole batches in N images.
-        validation: Batches that are split over the devices; [] if none are held out.
-        test: For the end of the run.
+        validation: Batches that are split over the devices; none if no images are held out.
+        read_test: Returns the batches of the test set; for the end of the run.
         info: What ``dataset.json`` holds: names of the classes, shape, mean and deviation.
     """
 
-    train: batches.Dataset
+    train: batches.Dataset | StreamedDataset
     train_size: int
     steps_per_epoch: int
-    validation: list[batches.Batch]
-    test: Source
+    validation: list[batches.Batch] | StreamedBatches
+    read_test: Callable[[], list[batches.Batch] | StreamedBatches]
     info: dict[str, Any]
 
+    def feed(self, key: Array, step: int) -> AbstractContextManager[Any]:
+        """Opens what the training steps draw their batches from.
 
-def load_data(config: ConfigDict, mesh: Mesh) -> ResidentData:
-    """Reads the training images, holds the validation images out of them, and places both.
+        Args:
+            key: Of `batches.epoch_order`.
+            step: Where the run stands.
+
+        Returns:
+            A context: of the images on the devices, or of the stream of batches from `step` on.
+        """
+        if isinstance(self.train, StreamedDataset):
+            return self.train.stream(key, step)
+        return nullcontext(self.train)
+
+
+def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
+    """Opens the data, holds the validation images out of them, and places what fits.
 
     Args:
         config: The whole config; the data, the batch sizes and the validation share are used.
@@ -49,17 +79,39 @@ def load_data(config: ConfigDict, mesh: Mesh) -> ResidentData:
     started = time.monotonic()
     source = load_source(config.data, config.data.train_split)
     test = load_source(config.data, config.data.test_split)  # opened now, to know that it is there
-    images, labels = source.read_all()
+    resident = _is_resident(config.data, len(source), mesh)
+    if resident:
+        images, labels = cache.decoded(source)
+    else:
+        labels = _labels(source, config.data.validation_fraction)
     first, second = batches.stratified_split(labels, config.data.validation_fraction)
     if len(first) < config.train.batch_size:
         raise InputError(
             f"config.train.batch_size is {config.train.batch_size}; {config.data.name} has "
             f"{len(first):,} images to train on, so it must be at most that."
         )
-    train = {"image": images[first], "label": labels[first]}
-    mean, deviation = augment.channel_statistics(train["image"])
+    sample = first[_evenly_spaced(len(first), STATISTICS_PIXELS // config.data.image_size**2)]
+    train: batches.Dataset | StreamedDataset
+    validation: list[batches.Batch] | StreamedBatches
+    measure_on = functools.partial(_measure_on, config.data, config.train.eval_batch_size, mesh)
+    if resident:
+        host = {"image": images[first], "label": labels[first]}
+        counts = count_values(host["image"] if len(sample) == len(first) else images[sample])
+        validation = place_batches(
+            images[second], labels[second], config.train.eval_batch_size, mesh
+        )
+        del images
+        train = parallel.place(host, parallel.replicated(mesh))
+    else:
+        counts = _count_streamed(source, sample, config.data)
+        validation = measure_on(source, second)
+        train = StreamedDataset(
+            source, first, config.train.batch_size, config.train.epochs, mesh, config.data
+        )
+    mean, deviation = augment.channel_statistics(counts)
     log.info(
-        "Read %s: %s images to train on, %s to validate, %s to test, %d classes (%.1f s).",
+        "%s %s: %s images to train on, %s to validate, %s to test, %d classes (%.1f s).",
+        "Read" if resident else "Streaming",
         config.data.name,
         f"{len(first):,}",
         f"{len(second):,}",
@@ -67,14 +119,12 @@ def load_data(config: ConfigDict, mesh: Mesh) -> ResidentData:
         len(source.class_names),
         time.monotonic() - started,
     )
-    return ResidentData(
-        train=parallel.place(train, parallel.replicated(mesh)),
+    return RunData(
+        train=train,
         train_size=len(first),
         steps_per_epoch=len(first) // config.train.batch_size,
-        validation=place_batches(
-            images[second], labels[second], config.train.eval_batch_size, mesh
-        ),
-        test=test,
+        validation=validation,
+        read_test=functools.partial(measure_on, test),
         info={
             "name": config.data.name,
             "class_names": list(source.class_names),
@@ -86,11 +136,90 @@ def load_data(config: ConfigDict, mesh: Mesh) -> ResidentData:
     )
 
 
+def resident_limit(mesh: Mesh) -> int:
+    """Returns how many bytes of images may lie on each device, by the memory there is."""
+    host = min(_host_memory()) // MEMORY_SHARE
+    device = mesh.local_devices[0]
+    if parallel.on_cpu(mesh):
+        return host // len(mesh.local_devices)  # each of which has a copy, in the same memory
+    memory = (device.memory_stats() or {}).get("bytes_limit")
+    return min(host, memory // MEMORY_SHARE) if memory else host
+
+
+def _host_memory() -> list[int]:
+    """Returns the machine's memory in bytes, and what a container is allowed of it."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups 2 and 1
+        try:
+            found.append(int(Path("/sys/fs/cgroup", limit).read_text()))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return found
+
+
+def _is_resident(config: ConfigDict, size: int, mesh: Mesh) -> bool:
+    if config.resident == "auto":
+        return size * 3 * config.image_size**2 <= resident_limit(mesh)
+    return config.resident == "on"
+
+
+def _labels(source: Source, validation_fraction: float) -> np.ndarray:
+    if not validation_fraction:  # no one asks for them
+        return np.zeros(len(source), np.int32)
+    return cache.kept(source, "labels", lambda: {"labels": source.read_labels()})["labels"]
+
+
+def _evenly_spaced(size: int, most: int) -> np.ndarray:
+    return np.unique(np.linspace(0, size - 1, min(size, max(most, 1))).astype(int))
+
+
+def _count_streamed(source: Source, indices: np.ndarray, config: ConfigDict) -> np.ndarray:
+    """Counts the values of some images, as `count_values` does, once for all runs."""
+
+    def compute() -> cache.Arrays:
+        counts = np.zeros((3, 256), np.int64)
+        rows = Batches(source, in_rows(indices, 64))
+        with (
+            tqdm(desc="Measuring the colours", total=len(rows), disable=None, delay=1) as bar,
+            read_ahead(
+                rows, lambda batch: batch, workers=config.workers, ahead=config.read_ahead
+            ) as stream,
+        ):
+            for batch in stream:
+                counts += count_values(np.asarray(batch["image"])[np.asarray(batch["mask"])])
+                bar.update()
+        return {"counts": counts}
+
+    fraction = config.validation_fraction
+    return cache.kept(source, "colours", compute, validation=fraction, size=len(indices))["counts"]
+
+
+def _measure_on(
+    config: ConfigDict,
+    batch_size: int,
+    mesh: Mesh,
+    source: Source,
+    indices: np.ndarray | None = None,
+) -> list[batches.Batch] | StreamedBatches:
+    """Returns the batches of a source, or some of its images, to measure on: read or to stream."""
+    size = len(source) if indices is None else len(indices)
+    if not _is_resident(config, size, mesh):
+        chosen = np.arange(size) if indices is None else indices
+        return StreamedBatches(source, chosen, shared_size(batch_size, size, mesh), mesh, config)
+    images, labels = cache.decoded(source) if indices is None else source.read(indices)
+    return place_batches(images, labels, batch_size, mesh)
+
+
+def shared_size(batch_size: int, images: int, mesh: Mesh) -> int:
+    """Returns the size of batches that devices can share equally, no larger than need be."""
+    return -(-min(batch_size, max(1, images)) // mesh.size) * mesh.size
+
+
 def place_batches(
     images: np.ndarray, labels: np.ndarray, batch_size: int, mesh: Mesh
 ) -> list[batches.Batch]:
     """Places all images on the devices, as batches that these can share equally."""
-    batch_size = -(-min(batch_size, max(1, len(labels))) // mesh.size) * mesh.size
+    batch_size = shared_size(batch_size, len(labels), mesh)
     return [
         parallel.place(batch, parallel.split(mesh))
         for batch in batches.padded_batches(images, labels, batch_size)

@@ -5,7 +5,8 @@ stands inside a function.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ class Source:
         records: The serialised examples (array_record's data source).
         image_key: Name of the image in an example.
         label_key: Name of the label in an example.
+        folder: Where the set lies prepared.
+        fingerprint: Of the split and the files it is read from, by their names, sizes and times;
+            another one tells that the images may be others.
     """
 
     name: str
@@ -41,6 +45,8 @@ class Source:
     records: Any
     image_key: str
     label_key: str
+    folder: str
+    fingerprint: str
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -70,21 +76,51 @@ class Source:
         Raises:
             InputError: A record is damaged or has no label.
         """
-        images = np.empty((len(self), *self.image_shape), np.uint8)
-        labels = np.empty(len(self), np.int32)
         hidden = None if progress else True
         # A bar is for what lasts: small sets are read before the delay is over.
         with tqdm(
             desc=f"Reading {self.name}", total=len(self), unit="img", disable=hidden, delay=1
         ) as bar:
-            for index, record in enumerate(self._all_records()):
-                images[index], labels[index] = self._decode(index, record)
-                bar.update()
+            return self.read(range(len(self)), bar.update)
+
+    def read(
+        self, indices: Sequence[int] | np.ndarray, tell: Callable[[], Any] = lambda: None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Reads some images into memory.
+
+        Args:
+            indices: Which, in the wanted order.
+            tell: Called after each image.
+
+        Returns:
+            Images uint8[n, S, S, 3] and labels int32[n], in the order of the indices.
+
+        Raises:
+            InputError: A record is damaged or has no label.
+        """
+        images = np.empty((len(indices), *self.image_shape), np.uint8)
+        labels = np.empty(len(indices), np.int32)
+        for row, (index, record) in enumerate(self._records(indices)):
+            images[row], labels[row] = self._decode(index, record)
+            tell()
         return images, labels
 
-    def _all_records(self) -> Iterator[bytes]:
-        for start in range(0, len(self), _READ_AT_ONCE):
-            yield from self._read(range(start, min(start + _READ_AT_ONCE, len(self))))
+    def read_labels(self) -> np.ndarray:
+        """Reads every label, int32[N], without decoding an image.
+
+        Raises:
+            InputError: A record is damaged or has no label.
+        """
+        return np.fromiter(
+            (self._parse(index, record)[1] for index, record in self._records(range(len(self)))),
+            np.int32,
+            len(self),
+        )
+
+    def _records(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, bytes]]:
+        for start in range(0, len(indices), _READ_AT_ONCE):
+            some = [int(index) for index in indices[start : start + _READ_AT_ONCE]]
+            yield from zip(some, self._read(some), strict=True)
 
     def _read(self, indices: Sequence[int]) -> Sequence[bytes]:
         try:
@@ -95,24 +131,34 @@ class Source:
                 "the data set again."
             ) from error
 
-    def _decode(self, index: int, record: bytes) -> tuple[np.ndarray, int]:
+    def _parse(self, index: int, record: bytes) -> tuple[bytes, int]:
+        """Returns the encoded image and the label of a record."""
         from tensorflow_datasets.proto import tf_example_pb2
 
         try:
             features = tf_example_pb2.Example.FromString(record).features.feature
             label = features[self.label_key].int64_list.value[0]
-            image = decode(features[self.image_key].bytes_list.value[0], self.image_size)
-        except Exception as error:  # Pillow raises nearly every kind of exception on bad bytes.
-            raise InputError(
-                f"Image {index} of {self.name} cannot be decoded ({error}); prepare the data set "
-                "again."
-            ) from error
+            encoded = features[self.image_key].bytes_list.value[0]
+        except Exception as error:  # Protobuf's own, or an IndexError where a feature is empty.
+            raise self._damaged(index, error) from error
         if not 0 <= label < len(self.class_names):
             raise InputError(
                 f"Image {index} of {self.name} has the label {label}, which is none of the "
                 f"{len(self.class_names)} classes; choose a split that has labels."
             )
-        return image, label
+        return encoded, label
+
+    def _decode(self, index: int, record: bytes) -> tuple[np.ndarray, int]:
+        encoded, label = self._parse(index, record)
+        try:
+            return decode(encoded, self.image_size), label
+        except Exception as error:  # Pillow raises nearly every kind of exception on bad bytes.
+            raise self._damaged(index, error) from error
+
+    def _damaged(self, index: int, error: Exception) -> InputError:
+        return InputError(
+            f"Image {index} of {self.name} cannot be decoded ({error}); prepare the data set again."
+        )
 
 
 def load_source(config: ConfigDict, split: str, *, progress: bool = True) -> Source:
@@ -144,6 +190,8 @@ def load_source(config: ConfigDict, split: str, *, progress: bool = True) -> Sou
         records=_records(builder, split),
         image_key=image_key,
         label_key=label_key,
+        folder=str(builder.data_dir),
+        fingerprint=_fingerprint(builder, split),
     )
 
 
@@ -268,3 +316,13 @@ def _records(builder: Any, split: str) -> Any:
             )
         _check_count(part.filename, part.examples_in_shard)
     return source.data_source
+
+
+def _fingerprint(builder: Any, split: str) -> str:
+    """Tells the content of a split by its place in the files, and their names, sizes and times."""
+    parts = []
+    for part in builder.info.splits[split].file_instructions:
+        file = Path(part.filename)
+        status = file.stat()
+        parts.append((file.name, status.st_size, status.st_mtime_ns, part.skip, part.take))
+    return json.dumps(parts)
