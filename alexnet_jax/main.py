@@ -9,7 +9,7 @@ import shlex
 import sys
 from typing import NoReturn
 
-from alexnet_jax import command_line, processes, writers
+from alexnet_jax import command_line, processes, runtime, writers
 from alexnet_jax.errors import Diverged, InputError, Interrupted
 
 EXIT_BAD_INPUT = 2
@@ -24,12 +24,13 @@ def run() -> None:
     try:
         config, workdir, flags = command_line.parse(sys.argv)
         writers.log_to_terminal()
+        notes = runtime.prepare()
         with processes.joined(flags) as process:
             if process:  # the first speaks for all
                 writers.log_to_terminal(level=logging.WARNING)
             from alexnet_jax.train import train_and_evaluate  # only now: mistakes fail at once
 
-            train_and_evaluate(config, workdir)
+            train_and_evaluate(config, workdir, notes)
     except InputError as error:
         _leave(f"error: {error}", EXIT_BAD_INPUT, process)
     except Diverged as error:

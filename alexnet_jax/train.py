@@ -44,7 +44,9 @@ class Programs(NamedTuple):
     measure: Callable[[TrainState, batches.Batch], EvalMetrics]
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def train_and_evaluate(
+    config: ConfigDict, workdir: str | Path, notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """Trains the network of a config, or goes on where it stopped, and measures it at the end.
 
     With many processes (see `processes.joined`) all of them call this alike and get the same
@@ -53,6 +55,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
     Args:
         config: As `alexnet_jax.config.default_config` makes it.
         workdir: The run folder; see `alexnet_jax.run_folder`.
+        notes: Sentences for the log, on how the program was set up.
 
     Returns:
         What ``results.json`` holds: loss, accuracy, and confusion matrix of validation and test.
@@ -77,6 +80,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
         run_folder.check_shared(folder)
         results = run_folder.read_json(folder / run_folder.RESULTS)
     handler = writers.log_to_file(folder / "log.txt") if first else logging.NullHandler()
+    for note in notes:
+        log.info("%s", note)
     try:
         if results is None:
             results = _train(config, folder, mesh)

@@ -1,0 +1,64 @@
+"""What a program sets up before JAX starts: how memory is kept, and compiled programs."""
+
+import ctypes
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+# Of glibc's <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_CACHE_BYTES = 2**30
+
+
+def prepare() -> list[str]:
+    """Applies the settings of this module; for programs, before they compute anything.
+
+    Returns:
+        What was done, as sentences for the log.
+    """
+    return [note for note in (keep_freed_memory(), keep_compiled_programs()) if note]
+
+
+def keep_freed_memory() -> str:
+    """Lets glibc reuse the memory of one step in the next, not return it to the system between.
+
+    On a CPU every array of a step is allocated anew, and fresh pages cost more than what is
+    written into them: a step of the reference network took 1.07 to 1.2 times as long without
+    this (2 cores, `docs/performance.md`). An environment variable ``MALLOC_...`` that is set
+    is obeyed instead. Without glibc nothing is done.
+    """
+    given = [name for name in os.environ if name.startswith("MALLOC_")]
+    if given:
+        return f"Freed memory is kept or not as {', '.join(sorted(given))} says."
+    if platform.libc_ver()[0] != "glibc":
+        return ""
+    libc = ctypes.CDLL(None)
+    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_ARENA_MAX: 1}
+    if not all(libc.mallopt(key, value) for key, value in settings.items()):
+        return ""
+    return "Freed memory is kept for the next step (variables MALLOC_... override it)."
+
+
+def keep_compiled_programs() -> str:
+    """Keeps compiled programs on disk, so that a second run of the same network starts at once.
+
+    They lie in ``~/.cache/alexnet_jax/programs``, or under ``$XDG_CACHE_HOME``, at most a GiB of
+    them, the last used. JAX's own settings come first: ``JAX_COMPILATION_CACHE_DIR`` names
+    another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing.
+    """
+    given = jax.config.values
+    if not given["jax_enable_compilation_cache"] or given["jax_compilation_cache_dir"]:
+        return ""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "alexnet_jax" / "programs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"Compiled programs are not kept: {error}."
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+    # A program too small to be kept by default is still slower to compile than to read.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return f"Compiled programs are kept in {folder}."
