@@ -377,7 +377,8 @@ def _orbax_quiet() -> Iterator[None]:
 
     It tells of each file at INFO, about 70 lines a save, and warns of saves that, rightly, have no
     accuracy. Where one array fails, it leaves the others to end behind its back, and their errors
-    are printed with tracebacks: from asyncio, and from threads that find its event loop closed.
+    are printed with tracebacks: from asyncio, from threads that find its event loop closed, and
+    from coroutines when they are collected.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("absl").addFilter(_not_of_orbax)
@@ -391,7 +392,12 @@ def _orbax_quiet() -> Iterator[None]:
     sys.excepthook = lambda kind, error, trace: (
         None if left_behind(error) else excepthook(kind, error, trace)
     )
-    sys.unraisablehook = lambda args: None if left_behind(args.exc_value) else unraisablehook(args)
+    sys.unraisablehook = lambda args: (
+        None
+        if left_behind(args.exc_value)
+        or "orbax" in getattr(getattr(args.object, "cr_code", None), "co_filename", "")
+        else unraisablehook(args)
+    )
     try:
         yield
     finally:
