@@ -99,6 +99,7 @@ def test_a_key_of_another_version_is_a_difference(tmp_path):
 def test_what_is_not_computed_may_differ(tmp_path):
     open_once(tmp_path, config())
     others = {"data.data_dir": "/x", "checkpoint.every_seconds": 1.0, "writers.tensorboard": False}
+    others |= {"data.resident": "off", "data.workers": 0, "data.read_ahead": 3}
     assert others.keys() == FREE_KEYS
     for key, value in others.items():
         open_once(tmp_path, config(**{key: value}))
