@@ -26,7 +26,7 @@ import numpy as np
 _EPILOG = """\
 examples:
   python scripts/torture.py                           100 kills, about 15 minutes
-  python scripts/torture.py --damage                  100 damages of each kind, about 5 minutes
+  python scripts/torture.py --damage                  100 damages of each kind, about 9 minutes
   python scripts/torture.py --kills=5 --json=kills.json
 """
 
@@ -309,8 +309,9 @@ DAMAGES: dict[str, Callable[[list[Path], random.Random], str]] = {
     "commit marker missing": _unmark,
     "removed": _remove,
 }
-# Only these are always more than what the values can do without.
-_CERTAIN = ("emptied", "half-deleted", "commit marker missing", "removed")
+# These are always more than what the values can do without.
+_CERTAIN = ("emptied", "commit marker missing", "removed")
+_OF_BOTH = (*_CERTAIN, "half-deleted")
 
 
 class _Messages(logging.Handler):
@@ -390,7 +391,7 @@ def torture_by_damage(tries: int, rng: random.Random, folder: Path) -> dict[str,
     table: dict[str, collections.Counter[str]] = {}
     failures = []
     for both in (False, True):
-        for kind in _CERTAIN if both else DAMAGES:
+        for kind in _OF_BOTH if both else DAMAGES:
             label = f"both: {kind}" if both else kind
             counts = table[label] = collections.Counter(tried=0, held=0)
             for number in range(tries):
@@ -406,13 +407,13 @@ def torture_by_damage(tries: int, rng: random.Random, folder: Path) -> dict[str,
                     outcome = restore(copy)
                 except Exception as error:  # whatever it is, it would have been a traceback
                     outcome = f"{type(error).__name__}: {error}"
-                told = any("checkpoint 20 is" in text for text in messages.texts)
+                told = any(text.startswith("checkpoint 20 is") for text in messages.texts)
                 counts["tried"] += 1
                 if both and outcome == "refused":
                     counts.update(("held", "refused"))
-                elif not both and outcome == "10" and told:
+                elif outcome == "10" and told and not (both and kind in _CERTAIN):
                     counts.update(("held", "fallen back"))
-                elif not both and outcome == "20" and not told and kind not in _CERTAIN:
+                elif outcome == "20" and not told and kind not in _CERTAIN:
                     counts.update(("held", "harmless"))
                 else:
                     failures.append(f"{label} ({what}): {outcome}; said: {messages.texts}")

@@ -33,7 +33,7 @@ def test_a_few_damages(tmp_path, capsys):
     code = torture.main(["--damage", "--tries=1", f"--json={tmp_path / 'damage.json'}"])
     assert code == 0, capsys.readouterr().out
     found = json.loads((tmp_path / "damage.json").read_text())["damages"]
-    assert len(found) == len(torture.DAMAGES) + len(torture._CERTAIN)
+    assert len(found) == len(torture.DAMAGES) + len(torture._OF_BOTH)
     assert all(counts["tried"] == counts["held"] == 1 for counts in found.values())
 
 
@@ -42,6 +42,6 @@ def test_what_is_not_noticed_counts_as_failed(capsys, monkeypatch):
     monkeypatch.setattr(checksums, "fingerprints", lambda tree: {})
     monkeypatch.setattr(checkpoint.Checkpoints, "_check_structure", lambda *_: None)
     monkeypatch.setattr(torture, "DAMAGES", {"one bit flipped": torture._flip})
-    monkeypatch.setattr(torture, "_CERTAIN", ())
+    monkeypatch.setattr(torture, "_OF_BOTH", ())
     assert torture.main(["--damage", "--tries=10"]) == 1
     assert "failed: one bit flipped" in capsys.readouterr().out
