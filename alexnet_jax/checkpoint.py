@@ -1,6 +1,20 @@
-"""Saving a run without stopping it, and finding it again: Orbax, asynchronous."""
+"""Saving a run without stopping it, and finding it again: Orbax, asynchronous.
 
+Orbax restores a flipped bit or another dtype without a word, so every array is saved with a
+checksum, dtype and shape, and none is used that does not agree with them.
+"""
+
+import functools
+import json
 import logging
+import os
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +23,9 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers as policies
 
-from alexnet_jax.errors import InputError
+from alexnet_jax import checksums
+from alexnet_jax.errors import InputError, SaveFailed
+from alexnet_jax.run_folder import read_json, write_json
 from alexnet_jax.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -19,19 +35,26 @@ log = logging.getLogger(__name__)
 NEWEST_KEPT = 2
 METRIC = "validation_accuracy"
 
+ITEMS = ("params", "rest")
+
+# How often the last save of a run is tried, and the seconds between; those before it are tried
+# again whenever the next is due.
+LAST_ATTEMPTS = 3
+ATTEMPT_SECONDS = 2.0
+
 
 class Checkpoints:
     """The checkpoints of one run folder.
 
     Each holds three items: `params`, which can be restored alone; `rest`, the other fields of the
-    state; and `progress`, a JSON dictionary.
+    state; and `progress`, a JSON dictionary with the checksums of all. Beside the folder lies
+    ``saved.json`` with the newest step that is safe, by which a lost checkpoint is missed.
     """
 
     def __init__(self, directory: Path) -> None:
         """Opens the folder, creating it if need be, and removes what a kill left half-written."""
-        # Orbax tells of each file at INFO, about 70 lines a save, and warns of saves that, rightly,
-        # have no accuracy.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._quiet = ExitStack()
+        self._quiet.enter_context(_orbax_quiet())
         keep = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(NEWEST_KEPT),
@@ -43,6 +66,13 @@ class Checkpoints:
             ]
         )
         self.directory = directory.absolute()  # a relative path fails later, on Orbax's thread
+        self._marker = self.directory.with_name("saved.json")
+        self._under_way: int | None = None  # the step being saved
+        self._failure: tuple[int, str] | None = None  # of the last save: its step, and why
+        self._again: Callable[[], bool] | None = None  # starts the last save anew
+        self._writes = jax.process_index() == 0
+        if self._writes:
+            self._drop_damaged_metrics()
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={  # told beforehand, so that shapes can be read without the arrays
@@ -54,6 +84,8 @@ class Checkpoints:
                 preservation_policy=keep,
                 best_fn=lambda metrics: metrics[METRIC],  # without it they are not written
                 cleanup_tmp_directories=True,
+                # Else, where a folder cannot be made, threads wait five minutes for it.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             ),
         )
 
@@ -61,6 +93,9 @@ class Checkpoints:
         self, state: TrainState, progress: dict[str, Any], accuracy: float | None = None
     ) -> None:
         """Starts saving; returns as soon as the state may be changed.
+
+        A save that fails is told of in the log, at once or by `look`, and not repeated: the next
+        one stands in for it.
 
         Args:
             state: Saved under its step.
@@ -70,29 +105,83 @@ class Checkpoints:
         Raises:
             RuntimeError: The folder already holds this or a later step.
         """
+        self._settle()
         step = int(state.step)
         latest = self._manager.latest_step()
         if latest is not None and step <= latest:
             raise RuntimeError(
                 f"checkpoint {step} was not saved: {self.directory} holds step {latest}"
             )
-        saved = self._manager.save(
+        items = {"params": state.params, "rest": _rest(state)}
+        content = {"progress": progress, "arrays": checksums.fingerprints(items)}
+        score = {METRIC: accuracy}
+        self._again = functools.partial(
+            self._manager.save,
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                rest=ocp.args.StandardSave(_rest(state)),
-                progress=ocp.args.JsonSave(progress),
+                params=ocp.args.StandardSave(items["params"]),
+                rest=ocp.args.StandardSave(items["rest"]),
+                progress=ocp.args.JsonSave(checksums.sealed(content)),
             ),
-            metrics=None if accuracy is None else {METRIC: accuracy},
+            metrics=None if accuracy is None else checksums.sealed(score),
             force=True,
         )
-        if not saved:  # Orbax says so by this alone
-            raise RuntimeError(f"checkpoint {step} was not saved in {self.directory}")
+        self._start(step)
+
+    def _start(self, step: int) -> None:
+        assert self._again is not None
+        try:
+            if not self._again():  # Orbax says so by this alone
+                raise RuntimeError("Orbax declined")
+            self._under_way = step
+        except Exception as error:  # OSError, or whatever TensorStore makes of one
+            self._failed(step, error)
+
+    def look(self) -> None:
+        """Tells how the save under way has ended, if it has; costs nothing."""
+        if self._under_way is not None and not self._manager.is_saving_in_progress():
+            self._settle()
+
+    def _settle(self) -> None:
+        """Waits for the save under way, and tells how it has ended."""
+        step, self._under_way = self._under_way, None
+        if step is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # OSError, or whatever TensorStore makes of one
+            self._failed(step, error)
+        else:
+            if self._failure:
+                log.info("Checkpoint %d is saved; all is well again.", step)
+            self._failure = None
+            self._mark(step)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        self._failure = step, _reason(error)
+        log.warning(
+            "Checkpoint %d could not be saved (%s); the run goes on and tries again at its next "
+            "save.",
+            *self._failure,
+        )
+        if self._writes:  # what is half-written may be what fills the disk
+            for half_written in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half_written, ignore_errors=True)
+        self._manager.reload()  # Orbax has crossed out those that the new one was to replace
+
+    def _mark(self, step: int) -> None:
+        """Notes that the run has something to lose."""
+        if not self._writes:
+            return
+        try:
+            write_json(self._marker, {"step": step})
+        except SaveFailed as error:
+            log.warning("%s", error)
 
     def restore(
         self, template: TrainState, sharding: Sharding
     ) -> tuple[TrainState, dict[str, Any]] | None:
-        """Reads the newest checkpoint that can be read; older ones stand in for damaged ones.
+        """Reads the newest checkpoint that is undamaged, and says which others are not.
 
         Args:
             template: A state of the right structure, shapes and dtypes; its values are not used,
@@ -100,23 +189,35 @@ class Checkpoints:
             sharding: Where the arrays are to lie.
 
         Returns:
-            The state and the progress saved with it; None if there is no checkpoint.
+            The state and the progress saved with it; None if there is no checkpoint, and none
+            has ever been.
 
         Raises:
-            InputError: A checkpoint is of another network, or none can be read.
+            InputError: A checkpoint is of another network, none can be read, or all are gone.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
+        known = (read_json(self._marker) or {}).get("step")
+        if known is not None and known not in steps:
+            if not steps:
+                raise InputError(
+                    f"{self.directory} is empty, and held step {known} of this run; put back a "
+                    "copy, or start anew with another --workdir."
+                )
+            if known > steps[0]:
+                log.warning("checkpoint %d is gone; trying %d.", known, steps[0])
         for step in steps:
             try:
                 found = self._restore_step(step, template, sharding)
             except InputError:
                 raise
             except Exception as error:  # whatever damage makes Orbax and TensorStore raise
-                reason = str(error).strip().split("\n")[0][:200]  # TensorStore adds its whole spec
-                log.warning("checkpoint %d is damaged (%s); trying the one before.", step, reason)
+                log.warning(
+                    "checkpoint %d is damaged (%s); trying the one before.", step, _reason(error)
+                )
                 continue
             for damaged in steps[: steps.index(step)]:  # else their steps could not be saved again
                 self._manager.delete(damaged)
+            self._mark(step)
             return found
         if steps:
             raise InputError(
@@ -133,47 +234,113 @@ class Checkpoints:
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
             )
 
-        params = abstract(template.params)
-        rest = abstract(jax.eval_shape(_rest, template))
-        self._check_structure(step, {"params": params, "rest": rest})
+        wanted = {
+            "params": abstract(template.params),
+            "rest": abstract(jax.eval_shape(_rest, template)),
+        }
+        content = self._manager.restore(
+            step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
+        ).progress
+        if content.keys() & {"progress", "arrays", "checksum"}:
+            content = checksums.unsealed(content)
+            if not (self.directory / str(step) / "commit_success.txt").exists():
+                raise ValueError("its commit marker is missing")
+            saved = content["arrays"]
+            self._check_structure(step, wanted, {k: v["type"] for k, v in saved.items()})
+        else:
+            log.warning(
+                "checkpoint %d is of an earlier version and has no checksums; a damaged array "
+                "would not be noticed.",
+                step,
+            )
+            content, saved = {"progress": content}, None
+            self._check_structure(step, wanted, self._types_by_orbax(step))
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                rest=ocp.args.StandardRestore(rest),
-                progress=ocp.args.JsonRestore(),
+                params=ocp.args.StandardRestore(wanted["params"]),
+                rest=ocp.args.StandardRestore(wanted["rest"]),
             ),
         )
+        if saved is not None:
+            read = checksums.fingerprints({"params": found.params, "rest": found.rest})
+            for path, fingerprint in read.items():
+                if fingerprint != saved[path]:
+                    raise ValueError(
+                        f"{path} was saved with the checksum {saved[path]['crc32']} and has "
+                        f"{fingerprint['crc32']}"
+                    )
+        if int(found.rest["step"]) != step:
+            raise ValueError(f"it holds step {int(found.rest['step'])}")
         fields = dict(found.rest)
         fields["key"] = jax.random.wrap_key_data(fields["key"])
-        return template.replace(params=found.params, **fields), found.progress
+        return template.replace(params=found.params, **fields), content["progress"]
 
-    def _check_structure(self, step: int, wanted: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another network, naming the first array that differs."""
+    def _types_by_orbax(self, step: int) -> dict[str, str]:
+        """Returns what Orbax notes of each array, which nothing protects from damage."""
         metadata = self._manager.item_metadata(step)
-        for item, tree in wanted.items():
+        for item in ITEMS:
             if metadata[item] is None:
                 raise ValueError(f"item {item} is missing")
-            have = _shapes(
-                metadata[item].tree if hasattr(metadata[item], "tree") else metadata[item]
-            )
-            want = _shapes(tree)
-            for path in sorted(have.keys() | want.keys()):
-                if have.get(path) != want.get(path):
-                    raise InputError(
-                        f"checkpoint {step} in {self.directory} is of another network or "
-                        f"optimizer: {item}{path} is {have.get(path, 'missing')} there and "
-                        f"{want.get(path, 'missing')} here; use the code that wrote it, or "
-                        "another --workdir."
-                    )
+        trees = {item: getattr(metadata[item], "tree", metadata[item]) for item in ITEMS}
+        return checksums.types(trees)
 
-    def wait(self) -> None:
-        """Returns once every save that was started is safely on disk; raises if one failed."""
-        self._manager.wait_until_finished()
+    def _check_structure(self, step: int, wanted: dict[str, Any], have: dict[str, str]) -> None:
+        """Refuses a checkpoint of another network, naming the first array that differs."""
+        want = checksums.types(wanted)
+        for path in sorted(have.keys() | want.keys()):
+            if have.get(path) != want.get(path):
+                raise InputError(
+                    f"checkpoint {step} in {self.directory} is of another network or "
+                    f"optimizer: {path} is {have.get(path, 'missing')} there and "
+                    f"{want.get(path, 'missing')} here; use the code that wrote it, or "
+                    "another --workdir."
+                )
+
+    def _drop_damaged_metrics(self) -> None:
+        """Takes a damaged accuracy off its checkpoint, which is then as good as one without."""
+        for path in self.directory.glob("*/metrics/metrics"):
+            try:
+                checksums.unsealed(json.loads(path.read_text()))
+            except (OSError, ValueError) as error:
+                step = path.parent.parent.name
+                log.warning("the accuracy of checkpoint %s is damaged (%s).", step, error)
+                shutil.rmtree(path.parent)
+
+    def finish(self) -> None:
+        """Returns once the last save that was started is safely on disk.
+
+        The state saved last must still be there, for a save that failed is tried again.
+
+        Raises:
+            SaveFailed: It cannot be saved.
+        """
+        self._settle()
+        # Of many processes some may have failed, and Orbax saves with all or none.
+        for _ in range(LAST_ATTEMPTS - 1 if jax.process_count() == 1 else 0):
+            if self._failure is None:
+                return
+            time.sleep(ATTEMPT_SECONDS)
+            self._start(self._failure[0])
+            self._settle()
+        if self._failure is not None:
+            step, reason = self._failure
+            newest = self._manager.latest_step()
+            kept = "none is saved" if newest is None else f"the newest is of step {newest:,}"
+            raise SaveFailed(
+                f"the last checkpoint, of step {step:,}, could not be saved in {self.directory} "
+                f"({reason}); {kept}. Mend that and give the same command again, which goes on "
+                "from there."
+            )
 
     def close(self) -> None:
         """Waits for the saves under way and lets the folder go."""
-        self._manager.close()
+        self._settle()
+        for _ in range(2):  # a second time where a save that failed, which was told of, stops it
+            with suppress(Exception):
+                self._manager.close()
+                break
+        self._quiet.close()
 
     @property
     def best_step(self) -> int | None:
@@ -195,19 +362,52 @@ def _rest(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _shapes(tree: Any) -> dict[str, str]:
-    """Returns "dtype[shape]" of each array by its path, whatever containers it lies in."""
+def _reason(error: Exception) -> str:
+    """Says in a few words what went wrong; TensorStore adds its whole specification."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).strip() or type(error).__name__
+    system = re.search(r"os_error_code='(\d+)'", text)
+    return os.strerror(int(system[1])) if system else text.split("\n")[0][:200]
 
-    def name(path: Any) -> str:
-        parts = (
-            str(next(getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a)))
-            for key in path
-        )
-        return "".join(f"/{part}" for part in parts)
 
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        name(path): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in leaves
-        if hasattr(leaf, "shape")
-    }
+@contextmanager
+def _orbax_quiet() -> Iterator[None]:
+    """Keeps Orbax from the terminal; what it has to tell is raised, too, and said in one line.
+
+    It tells of each file at INFO, about 70 lines a save, and warns of saves that, rightly, have no
+    accuracy. Where one array fails, it leaves the others to end behind its back, and their errors
+    are printed with tracebacks: from asyncio, from threads that find its event loop closed, and
+    from coroutines when they are collected.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").addFilter(_not_of_orbax)
+    logging.getLogger("asyncio").addFilter(_not_left_behind)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
+
+    def left_behind(error: BaseException | None) -> bool:
+        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+    sys.excepthook = lambda kind, error, trace: (
+        None if left_behind(error) else excepthook(kind, error, trace)
+    )
+    sys.unraisablehook = lambda args: (
+        None
+        if left_behind(args.exc_value)
+        or "orbax" in getattr(getattr(args.object, "cr_code", None), "co_filename", "")
+        else unraisablehook(args)
+    )
+    try:
+        yield
+    finally:
+        sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+def _not_left_behind(record: logging.LogRecord) -> bool:
+    # Where one array fails, Orbax forgets the others, whose errors are the same.
+    return "exception was never retrieved" not in record.getMessage()

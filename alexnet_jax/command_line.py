@@ -27,7 +27,8 @@ USAGE = """\
 Trains a network: python -m alexnet_jax.main --config=configs/cifar10.py
 
 The same command goes on where an interrupted run stopped. Exit codes: 0 finished, 2 bad input,
-3 the loss diverged, 69 another process of the run is gone, 75 interrupted and saved.
+3 the loss diverged, 69 another process of the run is gone, 74 the end could not be saved,
+75 interrupted and saved.
 """
 
 # The options that are not of the config.

@@ -20,6 +20,10 @@ class Diverged(ArithmeticError):
     """The loss is no longer a finite number; the last good checkpoint is kept."""
 
 
+class SaveFailed(OSError):
+    """The end of a run could not be saved; what was saved before is kept."""
+
+
 class Interrupted(Exception):
     """A person or a scheduler asked the run to stop, and it has saved where it stands.
 

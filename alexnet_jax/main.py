@@ -1,7 +1,8 @@
 """Trains a network: ``python -m alexnet_jax.main --config=configs/cifar10.py``.
 
 The same command goes on where an interrupted run stopped. Exit codes: 0 finished, 2 bad input,
-3 the loss diverged, 69 another process of the run is gone, 75 interrupted and saved.
+3 the loss diverged, 69 another process of the run is gone, 74 the end could not be saved,
+75 interrupted and saved.
 """
 
 import logging
@@ -10,10 +11,11 @@ import sys
 from typing import NoReturn
 
 from alexnet_jax import command_line, processes, runtime, writers
-from alexnet_jax.errors import Diverged, InputError, Interrupted
+from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
+EXIT_NOT_SAVED = 74  # EX_IOERR of sysexits.h
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
@@ -35,6 +37,8 @@ def run() -> None:
         _leave(f"error: {error}", EXIT_BAD_INPUT, process)
     except Diverged as error:
         _leave(f"error: {error}", EXIT_DIVERGED, process)
+    except SaveFailed as error:
+        _leave(f"error: {error}", EXIT_NOT_SAVED, process)
     except Interrupted as stop:
         message = f"Saved at step {stop.step:,}. To go on:\n  {again}"
         if flags.num_processes is not None:

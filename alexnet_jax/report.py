@@ -1,9 +1,12 @@
 """What a person looks at when a run has ended: curves, and how each class fares."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from alexnet_jax.run_folder import write_whole
 
 _STYLES = {
     "train": ("train", "C0"),
@@ -65,7 +68,9 @@ def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
         if axes.lines:  # else Matplotlib warns of an empty legend
             axes.legend()
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    drawing.savefig(path)
+    image = io.BytesIO()
+    drawing.savefig(image, format="png")
+    write_whole(path, image.getvalue())
 
 
 def per_class_accuracy(confusion: np.ndarray) -> np.ndarray:

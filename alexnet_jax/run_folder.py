@@ -1,36 +1,66 @@
 """The run folder: everything that a run leaves, and all that a program needs to use it.
 
 ``config.json``, ``dataset.json``, ``metrics.jsonl``, ``results.json``, ``log.txt``,
-``checkpoints/``, TensorBoard events and figures.
+``checkpoints/``, ``saved.json``, TensorBoard events and figures.
 """
 
+import errno
+import fcntl
 import json
+import logging
 import os
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from alexnet_jax.config import FREE_KEYS, flatten
-from alexnet_jax.errors import InputError
+from alexnet_jax.errors import InputError, SaveFailed
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 DATASET = "dataset.json"
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
+LOCK = ".lock"
+
+# What flock answers where a file system has no locks, as some that come over a network.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, whenever the process is killed.
+
+    Raises:
+        SaveFailed: It cannot be written; the disk is full, say.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise SaveFailed(
+            f"{path} could not be written ({error.strerror}); mend that and give the same command "
+            "again."
+        ) from None
+
 
 SHARED_SECONDS = 20.0  # until a network file system shows what another host has written
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file whole or not at all, whenever the process is killed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Writes a JSON file as `write_whole` does."""
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
@@ -52,43 +82,89 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def open_run_folder(workdir: Path, config: ConfigDict) -> Path:
+@contextmanager
+def open_run_folder(workdir: Path, config: ConfigDict) -> Iterator[Path]:
     """Makes the folder of a new run, or makes sure that this config may go on in an old one.
+
+    Until the context ends, or the process, no other run can open it.
 
     Args:
         workdir: The folder.
         config: Checked against the one that began the run; only `config.FREE_KEYS` may differ.
 
-    Returns:
+    Yields:
         The absolute path of the folder, which holds ``config.json``.
 
     Raises:
-        InputError: It is a file, cannot be written, holds something else, or another run.
+        InputError: It is a file, cannot be written, holds something else, or another run, or a
+            run is using it.
     """
+    folder = _make(workdir)
+    files = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if files and not (folder / CONFIG).exists():
+        raise InputError(
+            f"--workdir={workdir} holds files but no {CONFIG}, so it is no run folder; "
+            "name an empty or a new one."
+        )
+    with _lock(folder):
+        for left_over in folder.glob(".*.tmp"):  # by a kill
+            left_over.unlink()
+        _check_config(folder, config)
+        yield folder
+
+
+def _make(workdir: Path) -> Path:
     try:
         folder = workdir.expanduser().absolute()
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--workdir={workdir} is a file; name a folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        probe = folder / f".writable.{os.getpid()}.tmp"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a run that begins here clears such files away
     except (OSError, RuntimeError) as error:  # RuntimeError: ~name of nobody
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"--workdir={workdir} cannot be written ({reason}); name a folder that can."
         ) from None
+    return folder
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keeps other runs out. The system lets the lock go with the process, however that ends."""
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise InputError(
+                f"a run is going on in {folder} ({holder}); wait for its end or stop it, or "
+                "name another --workdir."
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            log.warning(
+                "The file system of %s has no locks (%s); make sure that no other run uses it.",
+                folder,
+                error.strerror,
+            )
+        with suppress(OSError):  # the disk is full: the lock holds without a name in it
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+
+
+def _check_config(folder: Path, config: ConfigDict) -> None:
+    """Writes down the config of a new run; refuses any other in the folder of an old one."""
     before = read_json(folder / CONFIG)
     now = _options(config)
-    if before is None and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise InputError(
-            f"--workdir={workdir} holds files but no {CONFIG}, so it is no run folder; "
-            "name an empty or a new one."
-        )
     if before is None or not (folder / METRICS).exists():
         # New, or begun and ended by a mistake before the first step: free to be another run.
         write_json(folder / CONFIG, now)
-        return folder
+        return
     differing = [
         f"{key} was {before.get(key, 'absent')!r} and is {now.get(key, 'absent')!r}"
         for key in sorted(before.keys() | now.keys())
@@ -99,7 +175,6 @@ def open_run_folder(workdir: Path, config: ConfigDict) -> Path:
             f"{folder} holds a run with another config: {'; '.join(differing)}. Give the old "
             "values to go on with it, or another --workdir to start anew."
         )
-    return folder
 
 
 def fixed_options(config: ConfigDict) -> dict[str, Any]:
@@ -126,3 +201,26 @@ def check_shared(folder: Path) -> None:
 def _options(config: ConfigDict) -> dict[str, Any]:
     # Through JSON, so that what is read from a file can be compared: it has lists for tuples.
     return json.loads(json.dumps(dict(flatten(config))))
+
+
+def check_dataset(folder: Path, info: dict[str, Any]) -> None:
+    """Writes down what data a run is trained on; refuses others where a run has begun.
+
+    Args:
+        folder: The run folder.
+        info: What ``dataset.json`` is to hold; its `checksums` stand for the files.
+
+    Raises:
+        InputError: The files are others than those that the run began with.
+    """
+    before = read_json(folder / DATASET)
+    if before is not None and (folder / METRICS).exists():
+        then, now = before.get("checksums", {}), info["checksums"]
+        for split in then:  # none, where an earlier version wrote it
+            if then[split] != now.get(split):
+                raise InputError(
+                    f"the {split} files of {info['name']} have changed since the run in {folder} "
+                    f"began: they were {then[split]} and are {now.get(split)}; put the old ones "
+                    "back, or start anew with another --workdir."
+                )
+    write_json(folder / DATASET, info)

@@ -39,6 +39,20 @@ class TrainState(flax.struct.PyTreeNode):
         return self.replace(**self.ema) if self.ema else self
 
 
+@jax.jit
+def _finite(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
+
+
+def find_not_finite(state: TrainState) -> str | None:
+    """Returns the path of an array that holds NaN or infinity, "params/fc/bias", or None."""
+    finite = jax.device_get(_finite(state.replace(key=())))
+    for path, is_finite in jax.tree_util.tree_flatten_with_path(finite)[0]:
+        if not is_finite:
+            return jax.tree_util.keystr(path, simple=True, separator="/")
+    return None
+
+
 def create_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,

@@ -22,12 +22,12 @@ from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import validate
 from alexnet_jax.data import augment, batches, streamed
 from alexnet_jax.data.resident import RunData, load_data
-from alexnet_jax.errors import Diverged, Interrupted
+from alexnet_jax.errors import Diverged, Interrupted, SaveFailed
 from alexnet_jax.interrupts import stop_requests
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
 from alexnet_jax.models import create_model, describe
 from alexnet_jax.optimizers import create_optimizer, create_schedule
-from alexnet_jax.state import TrainState, create_state
+from alexnet_jax.state import TrainState, create_state, find_not_finite
 
 log = logging.getLogger(__name__)
 
@@ -62,27 +62,29 @@ def train_and_evaluate(
 
     Raises:
         InputError: Something given cannot be used.
-        Diverged: The loss is no longer finite.
+        Diverged: The loss, or what is to be saved, is no longer finite.
+        SaveFailed: The end of the run could not be saved.
         Interrupted: SIGINT or SIGTERM came, and the run has been saved.
     """
     mesh = parallel.make_mesh()
     first = jax.process_index() == 0
-    with processes.together():
-        validate(config)
-        parallel.check_batch_size(config.train.batch_size, mesh.size)
-        folder = (
-            run_folder.open_run_folder(Path(workdir), config)
-            if first
-            else Path(workdir).expanduser().absolute()
-        )
-    processes.same_everywhere(run_folder.fixed_options(config), "the config")
-    with processes.together():
-        run_folder.check_shared(folder)
-        results = run_folder.read_json(folder / run_folder.RESULTS)
-    handler = writers.log_to_file(folder / "log.txt") if first else logging.NullHandler()
-    for note in notes:
-        log.info("%s", note)
-    try:
+    with ExitStack() as closing_all:
+        with processes.together():
+            validate(config)
+            parallel.check_batch_size(config.train.batch_size, mesh.size)
+            folder = (
+                closing_all.enter_context(run_folder.open_run_folder(Path(workdir), config))
+                if first
+                else Path(workdir).expanduser().absolute()
+            )
+        processes.same_everywhere(run_folder.fixed_options(config), "the config")
+        with processes.together():
+            run_folder.check_shared(folder)
+            results = run_folder.read_json(folder / run_folder.RESULTS)
+        if first:
+            closing_all.enter_context(writers.log_to_file(folder / "log.txt"))
+        for note in notes:
+            log.info("%s", note)
         if results is None:
             results = _train(config, folder, mesh)
         else:
@@ -90,18 +92,15 @@ def train_and_evaluate(
         if first:
             _tell_results(results, folder)
         return results
-    finally:
-        logging.getLogger("alexnet_jax").removeHandler(handler)
-        handler.close()
 
 
 def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     first = jax.process_index() == 0
     with processes.together():
         data = load_data(config, mesh)
+        if first:
+            run_folder.check_dataset(folder, data.info)
     processes.same_everywhere(data.info, "the data set")
-    if first:
-        run_folder.write_json(folder / run_folder.DATASET, data.info)
     steps_per_epoch = data.steps_per_epoch
 
     chosen = ops.choose(config.cpu_kernels, mesh.devices.flat[0].platform)
@@ -141,6 +140,11 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
             results["best_step"] = checkpoints.best_step
     # All is written now, also by the threads and the process that write behind the run's back.
     if first:
+        if not writer.complete:
+            raise SaveFailed(
+                f"{folder / run_folder.METRICS} could not be completed; mend that and give the "
+                "same command again."
+            )
         records = writers.read_metrics(folder / run_folder.METRICS)
         title = f"{config.model.name} on {config.data.name}: {folder.name}"
         report.plot_curves(records, folder / "curves.png", title)
@@ -235,16 +239,15 @@ def _loop(
     pending: tuple[int, int, TrainMetrics] | None = None
     agree = processes.Agreement(mesh)
 
+    def rate_at(last: int) -> float:
+        return float(schedule((last - 1) // config.optimizer.accumulate_steps))
+
     def tell(last: int, count: int, metrics: TrainMetrics) -> None:
         """Waits for a dispatch that ended at step `last`, and writes what it measured."""
         figures = {name: float(value) for name, value in jax.device_get(metrics).compute().items()}
-        rate = float(schedule((last - 1) // config.optimizer.accumulate_steps))
+        rate = rate_at(last)
         if not math.isfinite(figures["loss"]):
-            raise Diverged(
-                f"the loss is {figures['loss']} at step {last:,}, with a learning rate of "
-                f"{rate:.3g}; the last checkpoint before is kept. Lower "
-                "config.optimizer.learning_rate, or set config.optimizer.clip_norm."
-            )
+            raise _diverged(f"the loss is {figures['loss']}", last, rate)
         figures["learning_rate"] = rate
         writer.trained(last, count * config.train.batch_size, figures)
 
@@ -259,6 +262,7 @@ def _loop(
             count = min(per_dispatch - position % per_dispatch, steps_per_epoch - position)
             state, metrics = programs.advance(count)(state, feed)
             step += count
+            checkpoints.look()
             if pending:  # one dispatch late, so that the device always has work
                 tell(*pending)
             pending = (step, count, metrics)
@@ -270,12 +274,23 @@ def _loop(
             if epoch_ends or save_is_due or stopping:
                 tell(*pending)
                 pending = None
+                # A loss is of the parameters before its step: those after may be worse.
+                if broken := find_not_finite(state):
+                    raise _diverged(f"{broken} is not finite", step, rate_at(step))
                 accuracy = _validate(data, programs, state, writer) if epoch_ends else None
                 checkpoints.save(state, {"train_seconds": writer.seconds}, accuracy)
                 last_save = time.monotonic()
                 agree.forget()
-        checkpoints.wait()  # while signals are still ours: the save is what they ask for
+        checkpoints.finish()  # while signals are still ours: the save is what they ask for
     return step < total_steps, state
+
+
+def _diverged(what: str, step: int, rate: float) -> Diverged:
+    return Diverged(
+        f"{what} at step {step:,}, with a learning rate of {rate:.3g}; the last checkpoint before "
+        "is kept. Lower config.optimizer.learning_rate, or set config.optimizer.clip_norm, with "
+        "another --workdir."
+    )
 
 
 def _validate(

@@ -9,12 +9,14 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from alexnet_jax.run_folder import METRICS
+from alexnet_jax.run_folder import METRICS, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -31,32 +33,57 @@ class MetricsFile:
         # Those are written at the very end; a run that goes on was killed before it was finished.
         again = ("test", "test_ema")
         kept = [r for r in read_metrics(path) if r["step"] <= last_step and r["split"] not in again]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(path)
-        self._file = path.open("a")
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        trained = max((r["step"] for r in kept if r["split"] == "train"), default=0)
+        if trained < last_step:
+            log.warning("%s lacks the figures after step %s; they were lost.", path.name, trained)
+        self._name = path.name
+        self._file = path.open("ab", buffering=0)  # so that we know what is in it
+        self._unwritten = b""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends a record; it survives the process from here on."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Appends a record, which survives the process from here on unless the disk is full."""
+        before = self._unwritten
+        self._unwritten += json.dumps(record).encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not before:
+                log.warning(
+                    "%s cannot be written (%s); what is missing there follows when it can.",
+                    self._name,
+                    error.strerror,
+                )
+        else:
+            if before:
+                log.info("%s is complete again.", self._name)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all records are in the file."""
+        return not self._unwritten
 
     def close(self) -> None:
         """Closes the file, after the operating system has it on disk."""
-        os.fsync(self._file.fileno())
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
         self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads ``metrics.jsonl``, without a last line that a kill cut short; [] if there is none."""
+    """Reads ``metrics.jsonl`` up to a line that a kill cut short, if any; [] if there is none."""
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            if not record.keys() >= {"step", "epoch", "split"}:
+                break
+        except (ValueError, AttributeError):
             break
+        records.append(record)
     return records
 
 
@@ -79,16 +106,16 @@ class TensorBoard:
                 " and ".join(missing),
             )
             return
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
         offset = (folder / METRICS).stat().st_size
         try:
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "alexnet_jax.tensorboard", str(folder), str(offset)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
             )
-        except OSError as error:  # no memory for another process, say
+        except OSError as error:  # no room for a file or another process, say
             log.warning("There are no TensorBoard events (%s).", error.strerror)
 
     def close(self) -> None:
@@ -218,6 +245,11 @@ class RunWriter:
         self._laps.clear()
         self._laps.append((time.monotonic(), 0))
 
+    @property
+    def complete(self) -> bool:
+        """Whether ``metrics.jsonl`` holds all that was told."""
+        return self._metrics is None or self._metrics.complete
+
     def _record(self, step: int, split: str, figures: dict[str, float]) -> dict[str, Any]:
         return {"step": step, "epoch": step / self._steps_per_epoch, "split": split, **figures}
 
@@ -257,11 +289,37 @@ def log_to_terminal(level: int = logging.INFO) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
 
 
-def log_to_file(path: Path) -> logging.Handler:
-    """Appends the package's messages, with the time, to a file; returns its handler."""
-    handler = logging.FileHandler(path)
+class _FileHandler(logging.FileHandler):
+    """Says once, and not with a traceback each time, that the file cannot be written."""
+
+    _failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # it cannot even be opened
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._failed:
+            self._failed = True
+            log.warning("%s cannot be written (%s).", self.baseFilename, sys.exc_info()[1])
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
+@contextmanager
+def log_to_file(path: Path) -> Iterator[None]:
+    """Appends the package's messages, with the time, to a file."""
+    handler = _FileHandler(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     package = logging.getLogger("alexnet_jax")
     package.addHandler(handler)
     package.setLevel(logging.INFO)  # also where no program has set up the terminal
-    return handler
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()

@@ -1,8 +1,14 @@
 """Checkpoints: exact, on any number of devices, the right ones kept, damage survived."""
 
 import gc
+import json
 import logging
+import os
+import re
+import resource
 import shutil
+import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
@@ -11,9 +17,9 @@ import numpy as np
 import optax
 import pytest
 
-from alexnet_jax import parallel
+from alexnet_jax import checkpoint, checksums, parallel
 from alexnet_jax.checkpoint import Checkpoints
-from alexnet_jax.errors import InputError
+from alexnet_jax.errors import InputError, SaveFailed
 from alexnet_jax.state import TrainState
 
 PROGRESS = {"train_seconds": 1.5}
@@ -79,7 +85,7 @@ def open_checkpoints(tmp_path):
 def save(checkpoints, *steps, accuracy=None, **options):
     for step in steps:
         checkpoints.save(make_state(step, **options), PROGRESS, accuracy)
-    checkpoints.wait()
+    checkpoints.finish()
 
 
 def on_disk(tmp_path):
@@ -89,9 +95,19 @@ def on_disk(tmp_path):
 def damage(folder, how):
     """Spoils a checkpoint as a full disk or a careless person would."""
     files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = [path for path in files if path.parent.name == "d"]
     if how == "truncated":
-        with files[-1].open("r+b") as file:
-            file.truncate(files[-1].stat().st_size // 2)
+        os.truncate(data[-1], data[-1].stat().st_size // 2)
+    elif how == "marker":
+        (folder / "commit_success.txt").unlink()
+    elif how == "gone":
+        shutil.rmtree(folder)
+    elif how == "half":
+        for file in files[::2]:
+            file.unlink()
+    elif how == "zeros":
+        for file in files:
+            os.truncate(file, 0)
     elif how == "no arrays":
         for file in files:
             if "ocdbt.process" in str(file) or file.parent.name == "d":
@@ -199,7 +215,11 @@ def test_refuses_another_network_or_optimizer(open_checkpoints, tmp_path, other,
 # Orbax leaves the other reads of a damaged checkpoint behind, which complain when collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
-    "how", ["truncated", "no arrays", "no metadata", "params", "rest", "progress", "empty"]
+    "how",
+    [
+        *("truncated", "no arrays", "no metadata", "params", "rest", "progress", "empty"),
+        *("zeros", "half", "marker", "gone"),
+    ],
 )
 def test_the_one_before_stands_in_for_a_damaged_one(open_checkpoints, tmp_path, caplog, how):
     save(open_checkpoints(), 1, 2)
@@ -208,7 +228,7 @@ def test_the_one_before_stands_in_for_a_damaged_one(open_checkpoints, tmp_path, 
     with caplog.at_level(logging.WARNING, "alexnet_jax"):
         restored, _ = checkpoints.restore(make_state(), ALL)
     assert_same(restored, make_state(1))
-    assert "checkpoint 2 is damaged" in caplog.text
+    assert f"checkpoint 2 is {'gone' if how == 'gone' else 'damaged'}" in caplog.text
     save(checkpoints, 2)  # the run comes to that step again
     restored, _ = open_checkpoints().restore(make_state(), ALL)
     assert_same(restored, make_state(2))
@@ -224,6 +244,91 @@ def test_nothing_is_lost_or_begun_anew_when_all_are_damaged(open_checkpoints, tm
         open_checkpoints().restore(make_state(), ALL)
     assert on_disk(tmp_path) == [1, 2]
     gc.collect()
+
+
+def rewrite(folder, change):
+    """Applies a change to the JSON beside the arrays."""
+    path = folder / "progress" / "metadata"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def seal(content):
+    content.pop("checksum")
+    return checksums.sealed(content)
+
+
+def other_checksum(content):
+    content["arrays"]["params/fc/kernel"]["crc32"] = "00000000"
+    return seal(content)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (other_checksum, "params/fc/kernel was saved with the checksum 00000000 and has [0-9a-f]"),
+        (lambda c: c | {"progress": {"train_seconds": 9.5}}, "does not agree with its checksum"),
+        # One flipped bit must not make it look as if an earlier version had written it.
+        (lambda c: {k.replace("arrays", "arrayr"): v for k, v in c.items()}, "does not agree"),
+        (lambda c: {k.replace("checksum", "checksul"): v for k, v in c.items()}, "does not agree"),
+    ],
+)
+def test_checksums_say_what_is_damaged(open_checkpoints, tmp_path, caplog, change, says):
+    save(open_checkpoints(), 1, 2)
+    rewrite(tmp_path / "checkpoints" / "2", change)
+    restored, _ = open_checkpoints().restore(make_state(), ALL)
+    assert_same(restored, make_state(1))
+    assert re.search(rf"checkpoint 2 is damaged \(.*{says}", caplog.text)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_every_array_is_protected(open_checkpoints, tmp_path):
+    """A checkpoint whose folder holds another one's arrays; what Orbax alone would restore."""
+    save(open_checkpoints(), 1, 2)
+    checkpoints = tmp_path / "checkpoints"
+    for item in ("params", "rest"):
+        shutil.rmtree(checkpoints / "2" / item)
+        shutil.copytree(checkpoints / "1" / item, checkpoints / "2" / item)
+        open_one = open_checkpoints()
+        restored, _ = open_one.restore(make_state(), ALL)
+        assert_same(restored, make_state(1))
+        save(open_one, 2)
+
+
+def test_one_without_checksums_is_used_with_a_warning(open_checkpoints, tmp_path, caplog):
+    save(open_checkpoints(), 1)
+    rewrite(tmp_path / "checkpoints" / "1", lambda content: content["progress"])
+    restored, progress = open_checkpoints().restore(make_state(), ALL)
+    assert_same(restored, make_state(1))
+    assert progress == PROGRESS
+    assert "checkpoint 1 is of an earlier version and has no checksums" in caplog.text
+    with pytest.raises(InputError, match=r"params/fc/bias is float32\[3\] there and bfloat16"):
+        open_checkpoints().restore(make_state(dtype=jnp.bfloat16), ALL)
+
+
+def test_bfloat16_comes_back(open_checkpoints):
+    save(open_checkpoints(), 1, dtype=jnp.bfloat16)
+    restored, _ = open_checkpoints().restore(make_state(dtype=jnp.bfloat16), ALL)
+    assert_same(restored, make_state(1, dtype=jnp.bfloat16))
+
+
+@pytest.mark.parametrize("text", ["{", '{"validation_accuracy": 0.95, "checksum": "aa6969da"}'])
+def test_a_damaged_accuracy_makes_no_best(open_checkpoints, tmp_path, caplog, text):
+    checkpoints = open_checkpoints()
+    save(checkpoints, 1, accuracy=0.5)
+    save(checkpoints, 2, accuracy=0.7)
+    (tmp_path / "checkpoints" / "1" / "metrics" / "metrics").write_text(text)
+    assert open_checkpoints().best_step == 2
+    assert "the accuracy of checkpoint 1 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "checkpoints/*"])
+def test_all_gone_is_no_new_run(open_checkpoints, tmp_path, lost):
+    save(open_checkpoints(), 1, 2)
+    for path in tmp_path.glob(lost):
+        shutil.rmtree(path)
+    with pytest.raises(InputError, match=r"checkpoints is empty, and held step 2 of this run"):
+        open_checkpoints().restore(make_state(), ALL)
 
 
 def test_what_a_kill_left_half_written_goes_away(open_checkpoints, tmp_path):
@@ -252,7 +357,7 @@ def test_a_state_may_be_donated_while_it_is_being_saved(open_checkpoints):
     checkpoints.save(state, PROGRESS)
     for _ in range(5):
         state = update(state)
-    checkpoints.wait()
+    checkpoints.finish()
     restored, _ = open_checkpoints().restore(make_state(width=250_000), ALL)
     found = values(restored)
     for path in expected:
@@ -274,3 +379,109 @@ def test_the_best_is_still_known_after_a_restart(open_checkpoints, tmp_path):
     save(checkpoints, 4)
     assert on_disk(tmp_path) == [1, 3, 4]
     assert checkpoints.best_step == 1
+
+
+@contextmanager
+def small_files():
+    """No file may grow beyond 100 bytes, for this process alone; as a full disk, it fails late."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def read_only(folder):
+    """Nothing can be made in the folder, by nobody; root may write anywhere."""
+    root = os.geteuid() == 0
+    folder.chmod(0o555)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.fixture
+def reachable(tmp_path):
+    """For others than its owner, too: pytest's folders are private."""
+    folder = tmp_path
+    while not folder.stat().st_mode & 0o001:
+        folder.chmod(0o755)
+        folder = folder.parent
+
+
+@pytest.fixture(params=["full", "read-only"])
+def trouble(request, tmp_path, reachable):
+    if request.param == "full":
+        return small_files
+    return lambda: read_only(tmp_path / "checkpoints")
+
+
+def wait_for_the_save(checkpoints, caplog):
+    deadline = time.monotonic() + 60
+    while "could not be saved" not in caplog.text:
+        assert time.monotonic() < deadline
+        checkpoints.look()
+        time.sleep(0.01)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_save_that_fails_is_said_and_the_next_stands_in(
+    open_checkpoints, tmp_path, caplog, trouble
+):
+    caplog.set_level(logging.INFO, "alexnet_jax")
+    checkpoints = open_checkpoints()
+    save(checkpoints, 1, 2)
+    states = {step: make_state(step) for step in (3, 4)}  # also compiling writes files
+    with trouble():
+        for step, state in states.items():
+            caplog.clear()
+            checkpoints.save(state, PROGRESS)
+            wait_for_the_save(checkpoints, caplog)
+            assert re.search(
+                rf"Checkpoint {step} could not be saved \((File too large|Permission denied)\)",
+                caplog.text,
+            ), caplog.text
+    assert on_disk(tmp_path) == [1, 2]
+    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+    save(checkpoints, 5)
+    assert "Checkpoint 5 is saved; all is well again." in caplog.text
+    assert on_disk(tmp_path) == [2, 5]
+    restored, _ = open_checkpoints().restore(make_state(), ALL)
+    assert_same(restored, make_state(5))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_last_save_is_tried_again(open_checkpoints, monkeypatch, trouble):
+    checkpoints = open_checkpoints()
+    save(checkpoints, 1)
+    state = make_state(2)
+    with ExitStack() as stack:
+        stack.enter_context(trouble())
+        checkpoints.save(state, PROGRESS)
+        checkpoints._settle()
+        monkeypatch.setattr(checkpoint.time, "sleep", lambda _: stack.close())  # there is room
+        checkpoints.finish()
+    restored, _ = open_checkpoints().restore(make_state(), ALL)
+    assert_same(restored, make_state(2))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_last_save_that_never_succeeds_is_an_error(
+    open_checkpoints, monkeypatch, tmp_path, trouble
+):
+    monkeypatch.setattr(checkpoint, "ATTEMPT_SECONDS", 0.0)
+    checkpoints = open_checkpoints()
+    save(checkpoints, 1)
+    state = make_state(2)
+    with trouble():
+        checkpoints.save(state, PROGRESS)
+        with pytest.raises(SaveFailed, match=r"of step 2, could not .* is of step 1\. Mend"):
+            checkpoints.finish()
+    assert on_disk(tmp_path) == [1]

@@ -1,15 +1,21 @@
 """The run folder: who may go on in it, and files that are whole or not there."""
 
+import errno
+import fcntl
 import json
 import os
+import signal
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from socket import gethostname
 
 import pytest
 
 from alexnet_jax.config import FREE_KEYS, default_config, flatten
-from alexnet_jax.errors import InputError
-from alexnet_jax.run_folder import open_run_folder, read_json, write_json
+from alexnet_jax.errors import InputError, SaveFailed
+from alexnet_jax.run_folder import check_dataset, open_run_folder, read_json, write_json
 
 
 def config(**changes):
@@ -18,18 +24,23 @@ def config(**changes):
     return config
 
 
+def open_once(workdir, config):
+    with open_run_folder(workdir, config) as folder:
+        return folder
+
+
 def refusal(workdir, config):
     with pytest.raises(InputError) as caught:
-        open_run_folder(workdir, config)
+        open_once(workdir, config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_makes_a_new_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = open_run_folder(Path("runs/new"), config())
+    folder = open_once(Path("runs/new"), config())
     assert folder == tmp_path / "runs/new"
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.json"]
     saved = json.loads((folder / "config.json").read_text())
     assert saved.keys() == dict(flatten(config())).keys()
     assert saved["optimizer.learning_rate"] == 1e-3
@@ -37,32 +48,32 @@ def test_makes_a_new_folder(tmp_path, monkeypatch):
 
 def test_knows_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert open_run_folder(Path("~/run"), config()) == tmp_path / "run"
+    assert open_once(Path("~/run"), config()) == tmp_path / "run"
 
 
 def test_an_empty_folder_will_do(tmp_path):
     (tmp_path / ".hidden").touch()
-    open_run_folder(tmp_path, config())
+    open_once(tmp_path, config())
 
 
 def test_the_same_config_goes_on(tmp_path):
-    open_run_folder(tmp_path, config(model__hidden=(8,)))
+    open_once(tmp_path, config(model__hidden=(8,)))
     (tmp_path / "metrics.jsonl").touch()
     before = (tmp_path / "config.json").read_bytes()
-    assert open_run_folder(tmp_path, config(model__hidden=(8,))) == tmp_path
+    assert open_once(tmp_path, config(model__hidden=(8,))) == tmp_path
     assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_a_run_that_never_began_does_not_bind(tmp_path):
     """A mistyped data set is found after the folder is made; the corrected command must run."""
-    open_run_folder(tmp_path, config(data__name="cifar1O"))
+    open_once(tmp_path, config(data__name="cifar1O"))
     (tmp_path / "log.txt").touch()
-    open_run_folder(tmp_path, config())
+    open_once(tmp_path, config())
     assert read_json(tmp_path / "config.json")["data.name"] == "cifar10"
 
 
 def test_another_config_is_refused_with_each_difference(tmp_path):
-    open_run_folder(tmp_path, config())
+    open_once(tmp_path, config())
     (tmp_path / "metrics.jsonl").touch()
     other = config(train__epochs=3, model__hidden=(8,), optimizer__learning_rate=0.5)
     message = refusal(tmp_path, other)
@@ -72,11 +83,11 @@ def test_another_config_is_refused_with_each_difference(tmp_path):
     ) in message
     assert "--workdir" in message
     assert "data.name" not in message
-    open_run_folder(tmp_path, config())  # and nothing has changed
+    open_once(tmp_path, config())  # and nothing has changed
 
 
 def test_a_key_of_another_version_is_a_difference(tmp_path):
-    open_run_folder(tmp_path, config())
+    open_once(tmp_path, config())
     (tmp_path / "metrics.jsonl").touch()
     saved = read_json(tmp_path / "config.json")
     del saved["train.ema_decay"]
@@ -86,11 +97,12 @@ def test_a_key_of_another_version_is_a_difference(tmp_path):
 
 
 def test_what_is_not_computed_may_differ(tmp_path):
-    open_run_folder(tmp_path, config())
+    open_once(tmp_path, config())
     others = {"data.data_dir": "/x", "checkpoint.every_seconds": 1.0, "writers.tensorboard": False}
+    others |= {"data.resident": "off", "data.workers": 0, "data.read_ahead": 3}
     assert others.keys() == FREE_KEYS
     for key, value in others.items():
-        open_run_folder(tmp_path, config(**{key: value}))
+        open_once(tmp_path, config(**{key: value}))
 
 
 def test_a_file_is_refused(tmp_path):
@@ -128,7 +140,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["", '{"seed": 0', "[]", "3", "null", "\xff\xfe"])
 def test_a_damaged_config_is_refused(tmp_path, text):
-    open_run_folder(tmp_path, config())
+    open_once(tmp_path, config())
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     message = refusal(tmp_path, config())
     assert str(tmp_path / "config.json") in message
@@ -151,6 +163,91 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     write_json(path, {"accuracy": 0.9})  # what was left behind is in nobody's way
     assert read_json(path) == {"accuracy": 0.9}
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "results.json"
+    write_json(path, {"accuracy": 0.5})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SaveFailed, match=r"results.json could not be written \(No space left on"):
+        write_json(path, {"accuracy": 0.9})
+    assert read_json(path) == {"accuracy": 0.5}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_kill_left_goes_away(tmp_path):
+    open_once(tmp_path, config())
+    (tmp_path / ".results.json.tmp").write_text("{")
+    (tmp_path / ".writable.1.tmp").touch()
+    open_once(tmp_path, config())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json"]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    with open_run_folder(tmp_path, config()):
+        message = refusal(tmp_path, config(seed=1))
+    assert f"a run is going on in {tmp_path} (process {os.getpid()} on {gethostname()})" in message
+    assert read_json(tmp_path / "config.json")["seed"] == 0
+    open_once(tmp_path, config(seed=1))
+
+
+def test_the_lock_ends_with_a_killed_holder_though_its_children_live(tmp_path):
+    code = """
+        import subprocess, sys, time
+        from pathlib import Path
+        from alexnet_jax.config import default_config
+        from alexnet_jax.run_folder import open_run_folder
+        with open_run_folder(Path(sys.argv[1]), default_config()):
+            child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL)
+            print(child.pid, flush=True)
+            time.sleep(60)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        child = int(holder.stdout.readline())
+        try:
+            assert f"process {holder.pid} on {gethostname()}" in refusal(tmp_path, config())
+            holder.kill()
+            holder.wait()
+            open_once(tmp_path, config())
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_without_locks_it_warns_and_goes_on(tmp_path, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    open_once(tmp_path, config())
+    assert "has no locks (No locks available); make sure that no other run uses it" in caplog.text
+
+
+DATA = {"name": "digits", "checksums": {"train": "9 bytes", "test": "8 bytes"}}
+
+
+def test_other_data_are_refused_once_a_run_has_begun(tmp_path):
+    changed = DATA | {"checksums": {"train": "9 bytes", "test": "7 bytes"}}
+    check_dataset(tmp_path, DATA)
+    check_dataset(tmp_path, changed)  # nothing was trained yet
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(InputError, match=r"the test files of digits .*were 7 bytes and are 8 byt"):
+        check_dataset(tmp_path, DATA)
+    assert read_json(tmp_path / "dataset.json") == changed
+    check_dataset(tmp_path, changed)
+
+
+def test_a_run_of_an_earlier_version_gets_its_checksums_now(tmp_path):
+    write_json(tmp_path / "dataset.json", {"name": "digits"})
+    (tmp_path / "metrics.jsonl").touch()
+    check_dataset(tmp_path, DATA)
+    assert read_json(tmp_path / "dataset.json") == DATA
 
 
 def test_no_file_is_none(tmp_path):

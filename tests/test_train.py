@@ -3,17 +3,19 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from alexnet_jax import parallel, train, writers
+from alexnet_jax import parallel, steps, train, writers
 from alexnet_jax.config import default_config, flatten
 from alexnet_jax.data.sources import Source, load_source
 from alexnet_jax.errors import Diverged, InputError, Interrupted
@@ -267,6 +269,100 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(config, tmp_pa
     for array in saved_arrays(tmp_path / "run", 10):
         if array.dtype == np.float32:
             assert np.isfinite(array).all()
+
+
+def test_parameters_that_are_not_finite_are_never_saved(config, tmp_path, monkeypatch):
+    """The loss of a step is of the parameters before it, and tells nothing of those after."""
+    real = steps.train_step
+
+    def overflowing(state, batch, **options):
+        state, metrics = real(state, batch, **options)
+        bias = state.params["fc1"]["bias"]
+        broken = {"bias": jnp.where(state.step == 11, jnp.inf, bias)}
+        params = state.params | {"fc1": state.params["fc1"] | broken}
+        return state.replace(params=params), metrics
+
+    monkeypatch.setattr(steps, "train_step", overflowing)
+    config.checkpoint.every_seconds = 1e-6
+    with pytest.raises(Diverged, match=r"params/fc1/bias is not finite at step 11, with a learn"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert records(tmp_path / "run")[-1]["step"] == 11
+    assert np.isfinite(records(tmp_path / "run")[-1]["loss"])
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["10", "9"]
+
+
+@pytest.fixture
+def unfinished(whole_run, tmp_path):
+    """The whole run as it was before its results were written."""
+    folder = tmp_path / "unfinished"
+    shutil.copytree(whole_run[0], folder)
+    (folder / "results.json").unlink()
+    return folder
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_is_bit_equal(whole_run, config, unfinished):
+    newest = unfinished / "checkpoints" / "30"
+    for path in (newest / "params").rglob("d/*"):  # Orbax keeps some in copies
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    train_and_evaluate(config, unfinished)
+    said = (unfinished / "log.txt").read_text()
+    assert "WARNING checkpoint 30 is damaged (" in said
+    assert "Going on from step 20." in said
+    assert_same_run(whole_run[0], unfinished, 30)
+
+
+def test_a_run_that_has_lost_all_checkpoints_does_not_begin_anew(config, unfinished):
+    shutil.rmtree(unfinished / "checkpoints")
+    before = (unfinished / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="is empty, and held step 30 of this run; put back a copy"):
+        train_and_evaluate(config, unfinished)
+    assert (unfinished / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_data_changed_since_the_run_began_are_refused(config, unfinished, tmp_path, split):
+    shutil.copytree(config.data.data_dir, tmp_path / "data")
+    config.data.data_dir = str(tmp_path / "data")
+    (path,) = (tmp_path / "data").rglob(f"digits-{split}.array_record*")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # in the padding at the end, which is read by nobody
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"the {split} files of digits have changed since the run"):
+        train_and_evaluate(config, unfinished)
+
+
+def test_on_a_full_disk_a_run_trains_on_and_ends_with_a_sentence(data_dir, tmp_path):
+    """As small a limit for each file as keeps the checkpoints, and nothing else, from being."""
+    code = """
+        import resource, sys
+        from alexnet_jax import main
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
+        sys.argv = ["main", *sys.argv[1:]]
+        main.run()
+    """
+    done = run_python(
+        code,
+        "--config=configs/digits.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.data_dir={data_dir}",
+        "--config.train.epochs=2",
+        "--config.train.batch_size=512",
+        "--config.model.features=(8,8,8,8,8)",
+        "--config.model.hidden=(64,64)",
+        "--noconfig.writers.tensorboard",
+    )
+    assert done.returncode == 74, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Checkpoint 2 could not be saved (File too large); the run goes on" in done.stderr
+    assert re.search(
+        r"error: the last checkpoint, of step 4, .*\(File too large\); none is saved\. Mend that "
+        "and give the same command again",
+        done.stderr,
+    )
+    assert records(tmp_path / "run")[-1]["step"] == 4
+    assert not (tmp_path / "run" / "saved.json").exists()
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(config, tmp_path, monkeypatch):

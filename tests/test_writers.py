@@ -1,11 +1,13 @@
 """Where a run tells what happens: the metrics file, TensorBoard, the terminal, the log."""
 
+import errno
 import importlib.util
 import json
 import logging
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -86,16 +88,60 @@ def test_reopening_drops_test_figures_of_a_run_killed_before_its_results(path):
     assert [found["split"] for found in read_metrics(path)] == ["validation"]
 
 
-@pytest.mark.parametrize("cut", ['{"step": 3, "epo', "{", "\0\0\0"])
+@pytest.mark.parametrize("cut", ['{"step": 3, "epo', "{", "\0\0\0", "\xff", "[3]", '{"stfp": 3}'])
 def test_a_half_written_last_line_is_dropped(path, cut):
     fill(path, 1, 2)
-    with path.open("a") as file:
+    with path.open("a", encoding="latin-1") as file:
         file.write(cut)
     assert steps(path) == [1, 2]
     metrics = MetricsFile(path, last_step=9)
     metrics.write(record(3))
     metrics.close()
     assert steps(path) == [1, 2, 3]
+
+
+class FullDisk:
+    """Takes some bytes of the first write, and then no more until there is room."""
+
+    def __init__(self, file):
+        self.file, self.room = file, 5
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_on_a_full_disk_records_wait_for_room(path, caplog):
+    caplog.set_level(logging.INFO, "alexnet_jax")
+    metrics = MetricsFile(path, last_step=0)
+    metrics._file = FullDisk(metrics._file)
+    for step in (1, 2):
+        metrics.write(record(step))
+    assert not metrics.complete
+    assert caplog.messages == [
+        "metrics.jsonl cannot be written (No space left on device); "
+        "what is missing there follows when it can."
+    ]
+    metrics._file.room = 10**6
+    metrics.write(record(3))
+    assert metrics.complete
+    assert caplog.messages[1:] == ["metrics.jsonl is complete again."]
+    metrics.close()
+    assert read_metrics(path) == [record(step) for step in (1, 2, 3)]
+
+
+def test_lost_figures_are_missed_on_resume(path, caplog):
+    fill(path, 1, 2)
+    MetricsFile(path, last_step=2).close()
+    assert caplog.text == ""
+    MetricsFile(path, last_step=4).close()
+    assert "metrics.jsonl lacks the figures after step 2" in caplog.text
 
 
 def read_events(folder, monkeypatch):
@@ -240,14 +286,24 @@ def test_the_pace_is_measured_over_several_dispatches(path, monkeypatch):
 def test_log_to_file_appends_with_the_time(tmp_path, caplog):
     caplog.set_level(logging.INFO, "alexnet_jax")
     for text in ("first", "second"):
-        handler = writers.log_to_file(tmp_path / "log.txt")
-        logging.getLogger("alexnet_jax.train").info("%s", text)
-        logging.getLogger("alexnet_jax").removeHandler(handler)
-        handler.close()
+        with writers.log_to_file(tmp_path / "log.txt"):
+            logging.getLogger("alexnet_jax.train").info("%s", text)
     first, second = (tmp_path / "log.txt").read_text().splitlines()
     assert first.endswith(" INFO first")
     assert second.endswith(" INFO second")
     assert first[:2] == "20"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("target", ["/dev/full", "/no/such/folder/log.txt"])
+def test_a_log_that_cannot_be_written_is_said_once(tmp_path, target, caplog, capsys):
+    (tmp_path / "log.txt").symlink_to(target)
+    with writers.log_to_file(tmp_path / "log.txt"):
+        for _ in range(2):
+            logging.getLogger("alexnet_jax.train").warning("hello")
+    assert caplog.text.count("hello") == 2
+    assert caplog.text.count("log.txt cannot be written (") == 1
+    assert capsys.readouterr() == ("", "")
 
 
 def test_log_to_terminal_speaks_once(capsys):

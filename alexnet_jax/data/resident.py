@@ -41,7 +41,8 @@ class RunData(NamedTuple):
         steps_per_epoch: Whole batches in N images.
         validation: Batches that are split over the devices; none if no images are held out.
         read_test: Returns the batches of the test set; for the end of the run.
-        info: What ``dataset.json`` holds: names of the classes, shape, mean and deviation.
+        info: What ``dataset.json`` holds: names of the classes, shape, mean and deviation,
+            checksums of the files.
     """
 
     train: batches.Dataset | StreamedDataset
@@ -131,6 +132,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
             "image_shape": list(source.image_shape),
             "mean": mean,
             "deviation": deviation,
+            "checksums": {"train": source.checksum(), "test": test.checksum()},
             "images": {"train": len(first), "validation": len(second), "test": len(test)},
         },
     )

@@ -14,6 +14,7 @@ from jax import Array, lax
 _G = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], np.float32) / 2
 _KERNEL_MATRIX = np.kron(_G, _G)  # along the rows and along the columns at once
 
+
 @jax.custom_vjp
 def convolve(images: Array, kernel: Array) -> Array:
     """Correlates images with 3x3 kernels, stride 1, without padding.
