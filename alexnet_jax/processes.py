@@ -30,7 +30,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from alexnet_jax import parallel
-from alexnet_jax.errors import Diverged, InputError, Interrupted
+from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
 
 EXIT_LOST = 69  # EX_UNAVAILABLE of sysexits.h
 EXIT_CTRL_C = 130  # as a shell reports it
@@ -46,7 +46,9 @@ HEARTBEAT_SECONDS = 30
 _NEWS_SECONDS = 2.0
 
 # What all processes raise at the same point, if any does.
-AGREED = (InputError, Diverged, Interrupted)
+AGREED = (InputError, Diverged, SaveFailed, Interrupted)
+# What a process tells the others of, which would wait for it in vain.
+TOLD = {"InputError": InputError, "SaveFailed": SaveFailed}
 _LONGEST_MESSAGE = 2000  # bytes of an error that processes tell each other
 
 
@@ -305,12 +307,13 @@ def _end(message: str, code: int = EXIT_LOST) -> NoReturn:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Lets no process go on if any has met an InputError inside: then each of them raises.
+    """Lets no process go on if any has met one of `TOLD` inside: then each of them raises it.
 
     Every process must come here, and inside may do what only one of them does.
 
     Raises:
-        InputError: That of the first process that has met one, and which it was.
+        InputError: As the first process that has met an error, with which it was.
+        SaveFailed: Likewise.
     """
     if jax.process_count() == 1:
         yield
@@ -318,11 +321,12 @@ def together() -> Iterator[None]:
     said = ""
     try:
         yield
-    except InputError as error:
-        said = str(error) or "bad input"
-    for process, message in enumerate(_tell_all(said)):
-        if message:
-            raise InputError(f"{message}" if process == 0 else f"process {process}: {message}")
+    except tuple(TOLD.values()) as error:
+        said = f"{type(error).__name__} {error}"
+    for process, kind_and_message in enumerate(_tell_all(said)):
+        if kind_and_message:
+            kind, _, message = kind_and_message.partition(" ")
+            raise TOLD[kind](message if process == 0 else f"process {process}: {message}")
 
 
 def same_everywhere(value: Any, what: str) -> None:

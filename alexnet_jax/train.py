@@ -5,7 +5,7 @@ import importlib.metadata
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,19 +139,20 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
             results = _measure_at_the_end(config, data, programs, state, writer, mesh)
             results["best_step"] = checkpoints.best_step
     # All is written now, also by the threads and the process that write behind the run's back.
-    if first:
-        if not writer.complete:
-            raise SaveFailed(
-                f"{folder / run_folder.METRICS} could not be completed; mend that and give the "
-                "same command again."
-            )
-        records = writers.read_metrics(folder / run_folder.METRICS)
-        title = f"{config.model.name} on {config.data.name}: {folder.name}"
-        report.plot_curves(records, folder / "curves.png", title)
+    with processes.together():
+        if first:
+            if not writer.complete:
+                raise SaveFailed(
+                    f"{folder / run_folder.METRICS} could not be completed; mend that and give "
+                    "the same command again."
+                )
+            records = writers.read_metrics(folder / run_folder.METRICS)
+            title = f"{config.model.name} on {config.data.name}: {folder.name}"
+            report.plot_curves(records, folder / "curves.png", title)
+            if not stopped:
+                run_folder.write_json(folder / run_folder.RESULTS, results)
     if stopped:
         raise Interrupted(int(state.step))
-    if first:
-        run_folder.write_json(folder / run_folder.RESULTS, results)
     return results
 
 
