@@ -16,7 +16,7 @@ DRIVER = """
 import json, os, sys, tempfile, traceback, types
 from alexnet_jax import config, main
 
-def only_validate(options, workdir):
+def only_validate(options, workdir, notes):
     config.validate(options)
     print(json.dumps({"workdir": str(workdir), **dict(config.flatten(options))}))
 

@@ -1,0 +1,193 @@
+"""The reference network in this library and in PyTorch, each ready to be timed.
+
+Five 3x3 convolutions with 64, 192, 384, 256, 256 channels, pooling after 1, 2 and 5, then 4096,
+4096 and 10 units: 36 million parameters, dropout 1/2, 32x32 images, cross-entropy, Adam.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Timed = Callable[[], float]  # does it once, and returns the seconds it took
+
+CHANNELS = (64, 192, 384, 256, 256)
+POOLS = (True, True, False, False, True)
+HIDDEN = (4096, 4096)
+CLASSES = 10
+
+
+def images(count: int) -> np.ndarray:
+    """Returns uint8[count, 32, 32, 3]."""
+    return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
+
+
+def timed(function: Callable[[], Any], wait: Callable[[Any], Any]) -> Timed:
+    """Returns a function that times one call, until its result is there."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        wait(function())
+        return time.perf_counter() - started
+
+    return once
+
+
+def ours(dtype: str = "float32", cpu_kernels: str = "auto") -> Callable[[str, int], Timed]:
+    """Returns a function that builds "train" or "infer" for a batch size."""
+    import jax
+    import optax
+
+    from alexnet_jax import ops, runtime, state, steps
+    from alexnet_jax.data.augment import create_normalize
+    from alexnet_jax.models.alexnet import AlexNet
+
+    runtime.keep_freed_memory()
+    chosen = ops.choose(cpu_kernels, jax.default_backend())
+    model = AlexNet(
+        num_classes=CLASSES,
+        features=CHANNELS,
+        pools=POOLS,
+        hidden=HIDDEN,
+        dtype=dtype,
+        ops=chosen,
+    )
+    optimizer = optax.adam(1e-4)
+    normalize = create_normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    create = functools.partial(state.create_state, model, optimizer, (32, 32, 3), 0)
+    holder = {"state": jax.jit(create)()}
+
+    def build(what: str, size: int) -> Timed:
+        batch = {
+            "image": jax.numpy.asarray(images(size)),
+            "label": jax.numpy.arange(size, dtype="int32") % CLASSES,
+            "mask": jax.numpy.ones(size, bool),
+        }
+        if what == "train":
+            step = jax.jit(
+                functools.partial(
+                    steps.train_step,
+                    model=model,
+                    optimizer=optimizer,
+                    normalize=normalize,
+                    augment=lambda key, images: images,
+                ),
+                donate_argnums=0,
+            )
+
+            def train() -> Any:
+                holder["state"], metrics = step(holder["state"], batch)
+                return holder["state"], metrics
+
+            return timed(train, jax.block_until_ready)
+        predict = jax.jit(
+            lambda variables, image: model.apply(variables, normalize(image), train=False)
+        )
+        return timed(
+            lambda: predict(holder["state"].variables, batch["image"]), jax.block_until_ready
+        )
+
+    return build
+
+
+def pytorch(
+    *, bfloat16: bool = False, channels_last: bool = False, fused: bool = False, compiled=False
+) -> Callable[[str, int], Timed]:
+    """Returns a function that builds "train" or "infer" for a batch size."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layers: list[nn.Module] = []
+    before = 3
+    for after, pool in zip(CHANNELS, POOLS, strict=True):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if pool else []
+        before = after
+    layers.append(nn.Flatten())
+    before *= 16
+    for width in HIDDEN:
+        layers += [nn.Dropout(), nn.Linear(before, width), nn.ReLU()]
+        before = width
+    network: Any = nn.Sequential(*layers, nn.Linear(before, CLASSES)).to(device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network = network.to(memory_format=layout)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-4, fused=fused or None)
+    forward = torch.compile(network) if compiled else network
+
+    def wait(result: Any) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def build(what: str, size: int) -> Timed:
+        image = (torch.from_numpy(images(size)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+        image = image.to(device).contiguous(memory_format=layout)
+        label = torch.arange(size, device=device) % CLASSES
+        half = functools.partial(torch.autocast, device, torch.bfloat16, enabled=bfloat16)
+
+        def train() -> None:
+            network.train()
+            optimizer.zero_grad()
+            with half():
+                loss = nn.functional.cross_entropy(forward(image), label)
+            loss.backward()
+            optimizer.step()
+
+        def infer() -> Any:
+            network.eval()
+            with torch.inference_mode(), half():
+                return forward(image)
+
+        return timed(train if what == "train" else infer, wait)
+
+    return build
+
+
+CONTENDERS: dict[str, Callable[[], Callable[[str, int], Timed]]] = {
+    "alexnet_jax float32": ours,
+    "alexnet_jax float32, cpu_kernels=off": functools.partial(ours, cpu_kernels="off"),
+    "alexnet_jax bfloat16": functools.partial(ours, dtype="bfloat16"),
+    "PyTorch float32": pytorch,
+    "PyTorch float32, channels_last": functools.partial(pytorch, channels_last=True),
+    "PyTorch float32, torch.compile": functools.partial(pytorch, compiled=True),
+    "PyTorch bfloat16": functools.partial(pytorch, bfloat16=True, channels_last=True),
+    "PyTorch bfloat16, fused Adam": functools.partial(
+        pytorch, bfloat16=True, channels_last=True, fused=True
+    ),
+    "PyTorch bfloat16, torch.compile": functools.partial(
+        pytorch, bfloat16=True, channels_last=True, fused=True, compiled=True
+    ),
+}
+
+
+def serve(connection: Any, name: str) -> None:
+    """Builds and times in this process what the other end of the connection asks for.
+
+    Takes ("train" or "infer", batch size, most seconds), answers with a list of seconds, or with
+    a sentence where it cannot be had.
+    """
+    try:
+        build = CONTENDERS[name]()
+    except Exception as error:
+        build, broken = None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    ready: dict[tuple[str, int], Timed] = {}
+    while request := connection.recv():
+        what, size, seconds = request
+        try:
+            if build is None:
+                raise RuntimeError(broken)
+            if (what, size) not in ready:
+                ready[what, size] = build(what, size)
+                for _ in range(2):  # compiles, and allocates; once where that takes its time
+                    if ready[what, size]() > seconds:
+                        break
+            taken = [ready[what, size]()]
+            while sum(taken) + taken[-1] < seconds:
+                taken.append(ready[what, size]())
+            connection.send(taken)
+        except Exception as error:
+            lines = str(error).splitlines() or [""]
+            connection.send(f"{type(error).__name__}: {lines[0][:150]}")

@@ -1,0 +1,420 @@
+"""Measures this library beside PyTorch, and what stands around its training step.
+
+python benchmarks/performance.py                       everything, about 30 minutes on 2 cores
+python benchmarks/performance.py train_step inference  some of it
+python benchmarks/performance.py --json=figures.json
+
+Contenders take turns within one run, so that what else the machine does meets all alike; the
+figures are medians, and ratios of medians. PyTorch comes with `pip install -e ".[peers]"`.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from contenders import CONTENDERS  # noqa: E402  (the path comes first)
+
+MAIN = [sys.executable, "-m", "alexnet_jax.main"]
+FLOPS_FORWARD = 400.3e6  # of the reference network, an image; a training step has three times that
+
+
+class Contender:
+    """A process of its own that times what it is asked to."""
+
+    def __init__(self, name: str) -> None:
+        from contenders import serve
+
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=serve, args=(other, name), daemon=True)
+        self._process.start()
+
+    def time(self, what: str, size: int, seconds: float) -> list[float] | str:
+        """Returns seconds, one for each time it was done, or why it cannot be."""
+        self._connection.send((what, size, seconds))
+        return self._connection.recv()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._connection.send(None)
+        self._process.join()
+
+
+def take_turns(what: str, size: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Times all contenders, one after the other, round after round."""
+    contenders = [Contender(name) for name in options.contenders]
+    taken: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    failed: dict[str, str] = {}
+    for _, contender in itertools.product(range(options.rounds), contenders):
+        enough = taken[contender.name][1:] and taken[contender.name][-1] > options.seconds
+        if contender.name in failed or enough:
+            continue
+        result = contender.time(what, size, options.seconds)
+        if isinstance(result, str):
+            failed[contender.name] = result
+        else:
+            taken[contender.name] += result
+    for contender in contenders:
+        contender.close()
+    medians = {name: statistics.median(times) for name, times in taken.items() if times}
+    first = next(iter(medians))
+    work = FLOPS_FORWARD * size * (3 if what == "train" else 1)
+    rows = [
+        {
+            "contender": name,
+            "milliseconds": 1e3 * seconds,
+            "range": [1e3 * min(taken[name]), 1e3 * max(taken[name])],
+            "images_per_second": size / seconds,
+            "gflops_per_second": work / seconds / 1e9,
+            "times_the_first": medians[first] / seconds,
+        }
+        for name, seconds in medians.items()
+    ]
+    print(f"\n{what}, {size} images\n")
+    print("| | ms | from - to | images/s | GFLOP/s | speed of the first is so many times this |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        low, high = row["range"]
+        print(
+            f"| {row['contender']} | {row['milliseconds']:.0f} | {low:.0f} - {high:.0f} "
+            f"| {row['images_per_second']:.1f} | {row['gflops_per_second']:.0f} "
+            f"| {1 / row['times_the_first']:.2f} |"
+        )
+    for name, why in failed.items():
+        print(f"| {name} | not measured: {why} | | | | |")
+    return {"rows": rows, "not_measured": failed}
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """What is measured on, and the most that a matrix product reaches there."""
+    import jax
+    import jax.numpy as jnp
+
+    names = ("jax", "flax", "optax", "numpy", "torch")
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "device": str(jax.devices()[0].device_kind),
+        "platform": jax.default_backend(),
+        "processor": _processor(),
+        "versions": {name: _version(name) for name in names},
+    }
+    print(json.dumps(found, indent=1))
+    if jax.default_backend() == "cpu":
+        print("No accelerator is at hand: what follows is measured on the CPU alone.")
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    for dtype in ("float32", "bfloat16"):
+        matrix = jnp.ones((side, side), dtype)
+        product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
+        times = []
+        for _ in range(10):
+            started = time.perf_counter()
+            jax.block_until_ready(product(matrix))
+            times.append(time.perf_counter() - started)
+            if times[-1] > 5:
+                break
+        found[f"matrix_product_{dtype}_gflops"] = 2 * side**3 / min(times) / 1e9
+        print(f"matrix product, {dtype}: {found[f'matrix_product_{dtype}_gflops']:.0f} GFLOP/s")
+    return found
+
+
+def train_step(options: argparse.Namespace) -> dict[str, Any]:
+    """One step: forward, backward, Adam."""
+    return {"128": take_turns("train", 128, options)}
+
+
+def inference(options: argparse.Namespace) -> dict[str, Any]:
+    """The forward pass alone."""
+    return {str(size): take_turns("infer", size, options) for size in (1, 128, 1000)}
+
+
+def epoch(options: argparse.Namespace) -> dict[str, Any]:
+    """An epoch of the default network through the main program, beside its steps alone.
+
+    Two runs differ by two epochs; what they take longer is what an epoch costs, with its data,
+    augmentation, metrics, log and saving, and without start-up or evaluation.
+    """
+    size, steps = 128, 40
+    command = [*_data(options, size * steps), "--config.data.validation_fraction=0.0"]
+    # The program is compiled, and the split decoded, before anything is timed.
+    _run([*command, "--config.train.epochs=1"])
+    rounds = []
+    for _ in range(options.rounds):
+        alone = _steps_alone(options, steps)
+        short, long = (
+            _run([*command, f"--config.train.epochs={n}"])["train_seconds"] for n in (1, 3)
+        )
+        alone = (alone + _steps_alone(options, steps)) / 2
+        rounds.append((long - short) / 2 / alone)
+        print(f"an epoch takes {rounds[-1]:.3f} times as long as its {steps} steps alone")
+    print(f"median: {statistics.median(rounds):.3f}")
+    return {"epoch_over_steps": rounds, "median": statistics.median(rounds)}
+
+
+def _steps_alone(options: argparse.Namespace, steps: int) -> float:
+    """Seconds of so many steps of the default config on one batch that lies there."""
+    code = """
+import functools, sys, time, jax, numpy as np
+from alexnet_jax import models, ops, optimizers, runtime, state, steps
+from alexnet_jax.data import augment
+sys.path.insert(0, "configs")
+import cifar10
+runtime.prepare()
+config = cifar10.get_config()
+model = models.create_model(config.model, 10, ops=ops.choose("auto", jax.default_backend()))
+schedule = optimizers.create_schedule(config.optimizer, 40, 20)
+optimizer = optimizers.create_optimizer(config.optimizer, schedule)
+step = jax.jit(functools.partial(steps.train_step, model=model, optimizer=optimizer,
+    normalize=augment.create_normalize((0.5,) * 3, (0.25,) * 3),
+    augment=lambda key, images: images), donate_argnums=0)
+run = jax.jit(lambda: state.create_state(model, optimizer, (32, 32, 3), 0))()
+size = config.train.batch_size
+batch = {"image": jax.numpy.ones((size, 32, 32, 3), "uint8"),
+    "label": jax.numpy.zeros(size, "int32"), "mask": jax.numpy.ones(size, bool)}
+for count in (2, int(sys.argv[1])):
+    started = time.perf_counter()
+    for _ in range(count):
+        run, metrics = step(run, batch)
+        jax.block_until_ready(run)
+    seconds = time.perf_counter() - started
+print(seconds)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(steps)], cwd=ROOT, capture_output=True, text=True
+    )
+    if result.returncode:
+        raise SystemExit(result.stderr)
+    return float(result.stdout)
+
+
+def startup(options: argparse.Namespace) -> dict[str, Any]:
+    """Importing the package, and the first finished step with programs and data kept."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import alexnet_jax"], cwd=ROOT, check=True)
+        times.append(time.perf_counter() - started)
+    found = {"import_seconds": statistics.median(times)}
+    firsts = [_until_first_step(options) for _ in range(4)][1:]  # the first fills the caches
+    found["first_step_seconds"] = statistics.median(firsts)
+    print(f"import alexnet_jax: {found['import_seconds']:.2f} s")
+    print(f"first step finished after: {found['first_step_seconds']:.1f} s (of {firsts})")
+    return found
+
+
+def _until_first_step(options: argparse.Namespace) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run")
+        started = time.perf_counter()
+        with subprocess.Popen(
+            [*MAIN, *_data(options), f"--workdir={run}"], cwd=ROOT, stderr=subprocess.DEVNULL
+        ) as process:
+            metrics = run / "metrics.jsonl"
+            while not (metrics.exists() and metrics.stat().st_size):
+                time.sleep(0.01)
+                if process.poll() is not None:
+                    raise SystemExit("the run ended before its first step")
+            seconds = time.perf_counter() - started
+            process.kill()
+        return seconds
+
+
+def memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Resident memory of a run on the whole data set, over its first minutes."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(
+            [*MAIN, *_data(options), f"--workdir={folder}/run"],
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
+        ) as process,
+    ):
+        sizes = []
+        while process.poll() is None and len(sizes) < options.memory_seconds:
+            time.sleep(1)
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            fields = dict(line.split(":", 1) for line in lines)
+            sizes.append(int(fields["VmRSS"].split()[0]) / 2**20)
+            peak = int(fields["VmHWM"].split()[0]) / 2**20
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+    half = len(sizes) // 2
+    print(f"peak {peak:.2f} GiB; now {sizes[-1]:.2f}, halfway {sizes[half]:.2f} GiB")
+    return {"peak_gib": peak, "gib_each_second": sizes}
+
+
+def checkpoint(options: argparse.Namespace) -> dict[str, Any]:
+    """Saving and restoring the reference network with Adam's state."""
+    import jax
+    import optax
+
+    from alexnet_jax import state
+    from alexnet_jax.checkpoint import Checkpoints
+    from alexnet_jax.models.alexnet import AlexNet
+
+    def create() -> Any:
+        return state.create_state(AlexNet(num_classes=10), optax.adam(1e-3), (32, 32, 3), 0)
+
+    run = jax.block_until_ready(jax.jit(create)())
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(run) if leaf.dtype != run.key.dtype)
+    held, whole, restored = [], [], []
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoints = Checkpoints(Path(folder))
+            started = time.perf_counter()
+            checkpoints.save(run, {"train_seconds": 0.0}, None)
+            held.append(time.perf_counter() - started)
+            checkpoints.finish()
+            whole.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            shapes = jax.eval_shape(create)
+            place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            jax.block_until_ready(checkpoints.restore(shapes, place)[0].params)
+            restored.append(time.perf_counter() - started)
+            checkpoints.close()
+    found = {
+        "megabytes": size / 1e6,
+        "save_holds_up_seconds": statistics.median(held),
+        "save_seconds": statistics.median(whole),
+        "restore_seconds": statistics.median(restored),
+    }
+    print(json.dumps(found, indent=1))
+    return found
+
+
+def growth(options: argparse.Namespace) -> dict[str, Any]:
+    """Time and memory of an epoch with 1, 2 and 4 times the data, and of 3 epochs against 1."""
+    small = ["--config.model.features=(32,48,64,64,64)", "--config.model.hidden=(256,256)"]
+    found: dict[str, Any] = {}
+    for times in (1, 2, 4):
+        command = [*_data(options, 10_000 * times), *small]
+        _run([*command, "--config.train.epochs=1"])  # decodes and compiles
+        pairs = []
+        for _ in range(options.rounds):
+            short, long = (_run([*command, f"--config.train.epochs={n}"]) for n in (1, 3))
+            pairs.append((long["train_seconds"] - short["train_seconds"]) / 2)
+        found[str(times)] = {
+            "epoch_seconds": statistics.median(pairs),
+            "range": [min(pairs), max(pairs)],
+            "peak_gib_1_epoch": short["peak_gib"],
+            "peak_gib_3_epochs": long["peak_gib"],
+        }
+        relative = found[str(times)]["epoch_seconds"] / times / found["1"]["epoch_seconds"]
+        print(f"{times} times the data: {relative:.3f} of the time per image; {found[str(times)]}")
+    return found
+
+
+def _data(options: argparse.Namespace, size: int | None = None) -> list[str]:
+    split = "train" if size is None else f"train[:{size}]"
+    return [
+        "--config=configs/cifar10.py",
+        f"--config.data.name={options.name}",
+        f"--config.data.data_dir={options.data_dir}",
+        f"--config.data.train_split={split}",
+        f"--config.data.test_split={'test' if size is None else 'test[:500]'}",
+    ]
+
+
+def _run(arguments: list[str]) -> dict[str, Any]:
+    """Runs the main program to its end; returns its results, and its peak memory in GiB."""
+    folder = tempfile.mkdtemp()
+    try:
+        command = [*MAIN, *arguments, f"--workdir={folder}/run"]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+            said = process.stderr.read()  # type: ignore[union-attr]
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(said)
+        results = json.loads(Path(folder, "run", "results.json").read_text())
+        return results | {"peak_gib": usage.ru_maxrss / 2**20}
+    finally:
+        shutil.rmtree(folder)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    section.__name__: section
+    for section in (
+        machine,
+        train_step,
+        inference,
+        epoch,
+        startup,
+        memory,
+        checkpoint,
+        growth,
+    )
+}
+
+
+def run() -> None:
+    """Measures what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; by default all")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each turn")
+    parser.add_argument("--memory_seconds", type=int, default=120)
+    parser.add_argument("--name", default="cifar10", help="the prepared data set")
+    parser.add_argument("--data_dir", default="", help="where it lies, if not in TFDS's folder")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        default=list(CONTENDERS),
+        metavar="NAME",
+        help=f"of {', '.join(map(repr, CONTENDERS))}; by default all",
+    )
+    options = parser.parse_args()
+    for kind, given, known in (
+        ("section", options.sections, SECTIONS),
+        ("contender", options.contenders, CONTENDERS),
+    ):
+        for name in given:
+            if name not in known:
+                parser.error(f"{name!r} is no {kind}; there are {', '.join(known)}.")
+    figures: dict[str, Any] = {}
+    for name in options.sections or SECTIONS:
+        print(f"\n## {name}\n", flush=True)
+        figures[name] = SECTIONS[name](options)
+        sys.stdout.flush()
+        if options.json:  # after each: what is measured stays, whatever comes next
+            options.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    run()
