@@ -209,7 +209,7 @@ import jax
 from alexnet_jax import config, main
 from test_bad_input import build
 
-def only_build(options, workdir):
+def only_build(options, workdir, notes):
     build(options)
     print(json.dumps({"workdir": str(workdir), **dict(config.flatten(options))}))
 

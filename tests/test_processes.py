@@ -279,7 +279,7 @@ def test_processes_agree_and_fail_together():
     (first, said), (second, said_too) = run_two(code=MISTAKEN)
     for text in (said, said_too):
         assert "the number of process 1 is not that of process 0; it must be. 61" in text
-        assert f"process 1: {'x' * 51} 2011" in text
+        assert f"process 1: {'x' * 51} 2000" in text
     assert (first, second) == (processes.EXIT_LOST, 1), (said, said_too)
     assert "KeyError: 'a mistake of the program'" in said_too
     assert said_too.endswith("This process ends here, and with it the others.\n")
