@@ -103,7 +103,8 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     processes.same_everywhere(data.info, "the data set")
     steps_per_epoch = data.steps_per_epoch
 
-    chosen = ops.choose(config.cpu_kernels, mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    chosen = ops.choose(config.cpu_kernels, platform, config.model.dtype, devices=mesh.size)
     model = create_model(config.model, num_classes=len(data.info["class_names"]), ops=chosen)
     schedule = create_schedule(config.optimizer, steps_per_epoch, config.train.epochs)
     programs = _build(config, model, schedule, data, mesh)

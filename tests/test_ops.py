@@ -1,6 +1,8 @@
 """The CPU's kernels against XLA's operations: results, gradients, and what falls back."""
 
+import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,11 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 from alexnet_jax import ops
-from alexnet_jax.ops import convolution, pooling
+from alexnet_jax.models.alexnet import AlexNet
+from alexnet_jax.ops import amx, bfloat16, composed, convolution, machine, pooling
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -138,18 +143,381 @@ def test_pooling_equals_xlas_to_the_bit(shape, window, stride):
     jax.tree.map(np.testing.assert_array_equal, ours, plain)
 
 
+CHANNELS = ((8, 12), (12, 8), (6, 6))  # patches of the images; products first, then shifted
+
+
+def rounded(*shape, seed=0):
+    """Numbers of which each is a bfloat16, as float32."""
+    return normal(*shape, seed=seed, dtype=jnp.bfloat16).astype(jnp.float32)
+
+
+def convolve_plainly(images, kernel):
+    return lax.conv_general_dilated(
+        images, kernel, (1, 1), "SAME", dimension_numbers=NHWC, precision=lax.Precision.HIGHEST
+    )
+
+
+def shares(pairs):
+    """Of the largest value, how much the two arrays of each pair differ."""
+    return [float(jnp.abs(ours - right).max() / jnp.abs(right).max()) for ours, right in pairs]
+
+
+@pytest.mark.parametrize("side", [1, 3, 5])
+@pytest.mark.parametrize(("channels", "features"), CHANNELS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_sums_of_bfloat16_products_are_those_of_float32(side, channels, features, batch):
+    """The products are exact in float32, so that only the order of the sums can differ."""
+    images = rounded(batch, 6, 5, channels)
+    kernel = rounded(side, side, channels, features, seed=1)
+    gradient = rounded(batch, 6, 5, features, seed=2)
+
+    @jax.jit
+    def ours(images, kernel, gradient):
+        to_ours = functools.partial(jnp.transpose, axes=(3, 1, 2, 0))  # and back
+        bits = bfloat16.to_bits(kernel)
+        y, saved = amx.correlate(bfloat16.to_bits(to_ours(images)), bits)
+        by_images, by_kernel = amx.correlate_backward(
+            saved, bits, bfloat16.to_bits(to_ours(gradient))
+        )
+        return to_ours(y), to_ours(by_images), by_kernel
+
+    y, pull_back = jax.vjp(convolve_plainly, images, kernel)
+    results = zip(ours(images, kernel, gradient), (y, *pull_back(gradient)), strict=True)
+    by_y, by_images, by_kernel = shares(results)
+    # A number of the first two sums up to 300 products, one of the last 90 and more.
+    assert by_y < 4e-7
+    assert by_images < 4e-7
+    assert by_kernel < 6e-7
+
+
+@pytest.mark.parametrize("pool", [None, (2, 2)])
+@pytest.mark.parametrize(("channels", "features"), CHANNELS)
+def test_convolution_relu_and_pooling_in_bfloat16_as_one(channels, features, pool):
+    images = rounded(2, 6, 8, channels)
+    kernel, bias = rounded(3, 3, channels, features, seed=1), normal(features, seed=2)
+
+    def layer(conv_relu_pool, dtype):
+        def function(images, kernel, bias):
+            x = conv_relu_pool(images.astype(dtype), kernel, bias, stride=1, pool=pool)
+            return x.astype(jnp.float32)
+
+        return function
+
+    pairs = zip(
+        results_and_gradients(layer(amx.conv_relu_pool, jnp.bfloat16), images, kernel, bias),
+        results_and_gradients(layer(composed.conv_relu_pool, jnp.float32), images, kernel, bias),
+        strict=True,
+    )
+    # The result is rounded once, to 8 bits, and so is the gradient on either side.
+    assert max(shares(pairs)) < 2**-8
+    assert not uses_lax(layer(amx.conv_relu_pool, jnp.bfloat16), images, kernel, bias)
+
+
+def test_equal_pixels_and_negative_ones_get_the_gradient_that_xla_gives_them():
+    # A kernel of one pixel, 1: the operation is ReLU and pooling alone, and exact.
+    images = jnp.round(normal(3, 8, 6, 5)).astype(jnp.bfloat16)
+    kernel, bias = jnp.eye(5).reshape(1, 1, 5, 5), jnp.zeros(5)
+
+    def layer(conv_relu_pool):
+        return lambda x: conv_relu_pool(x, kernel, bias, stride=1, pool=(2, 2))
+
+    ours, by_ours = results_and_gradients(layer(amx.conv_relu_pool), images)
+    plain, by_plain = results_and_gradients(layer(composed.conv_relu_pool), images)
+    np.testing.assert_array_equal(ours, plain)
+    np.testing.assert_array_equal(by_ours, by_plain)
+
+
+def test_numbers_that_are_none_stay_visible():
+    images = normal(1, 4, 4, 3, dtype=jnp.bfloat16).at[0, 0, 0, 0].set(jnp.nan)
+    for pool in (None, (2, 2)):
+        x = amx.conv_relu_pool(images, normal(3, 3, 3, 4), jnp.zeros(4), stride=1, pool=pool)
+        assert jnp.isnan(x[0, 0, 0]).all()
+
+
+def test_bits_are_those_of_the_nearest_bfloat16():
+    special = [0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38]
+    numbers = jnp.concatenate([normal(1000), jnp.asarray(special, jnp.float32)])
+    ours = bfloat16.from_bits(bfloat16.to_bits(numbers))
+    np.testing.assert_array_equal(ours, numbers.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [
+        ({}, True),
+        ({"pool": (3, 2)}, True),  # the pooling alone is XLA's
+        ({"image": (7, 8, 4)}, True),
+        ({"stride": 2}, False),
+        ({"kernel": 2}, False),
+        ({"dtype": jnp.float32}, False),
+    ],
+    ids=str,
+)
+def test_what_one_operation_does_not_cover_is_composed(options, fused):
+    defaults = {"pool": (2, 2), "image": (8, 8, 4), "stride": 1, "kernel": 3}
+    options = defaults | {"dtype": jnp.bfloat16} | options
+    images = normal(2, *options["image"], dtype=options["dtype"])
+    kernel = rounded(*(options["kernel"],) * 2, 4, 6, seed=1)
+    bias = rounded(6, seed=2)
+
+    def layer(conv_relu_pool):
+        return functools.partial(
+            conv_relu_pool, stride=options["stride"], pool=options["pool"], bias=bias
+        )
+
+    ours, plain = (
+        layer(op)(images, kernel) for op in (amx.conv_relu_pool, composed.conv_relu_pool)
+    )
+    assert uses_lax(layer(amx.conv_relu_pool), images, kernel) is not fused
+    assert ours.dtype == plain.dtype
+    ours, plain = ours.astype(jnp.float32), plain.astype(jnp.float32)
+    np.testing.assert_allclose(ours, plain, atol=0.05 if fused else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "covered"),
+    [
+        ({}, True),
+        ({"padding": "SAME"}, True),
+        ({"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "precision": None}, True),
+        ({"padding": "VALID"}, False),
+        ({"window_strides": (2, 2)}, False),
+        ({"rhs_dilation": (2, 2)}, False),
+        ({"feature_group_count": 2}, False),
+        ({"precision": lax.Precision.HIGHEST}, False),
+        ({"preferred_element_type": jnp.float32}, False),
+        ({"dimension_numbers": ("NCHW", "HWIO", "NCHW")}, False),
+        ({"dtype": jnp.float32}, False),
+    ],
+    ids=str,
+)
+def test_convolution_in_bfloat16_and_what_it_leaves_to_xla(options, covered):
+    defaults = {"window_strides": (1, 1), "padding": ((1, 1), (1, 1)), "dimension_numbers": NHWC}
+    options = defaults | options
+    dtype = options.pop("dtype", jnp.bfloat16)
+    images = normal(2, 4, 4, 4, dtype=dtype)
+    kernel = normal(3, 3, 4 // options.get("feature_group_count", 1), 4, seed=1, dtype=dtype)
+    ours = functools.partial(amx.conv_general_dilated, **options)
+    plain = functools.partial(lax.conv_general_dilated, **options)
+    assert uses_lax(ours, images, kernel) is not covered
+    if covered:
+        assert max(largest_differences(ours, plain, images, kernel)) < 2**-6
+    else:
+        np.testing.assert_array_equal(ours(images, kernel), plain(images, kernel))
+
+
+def test_patches_in_bfloat16_that_would_fill_the_memory_are_left_to_xla(monkeypatch):
+    images, kernel = normal(2, 4, 4, 4, dtype=jnp.bfloat16), normal(3, 3, 4, 6)
+
+    def layer(images, kernel):
+        return amx.conv_relu_pool(images, kernel, jnp.zeros(6), stride=1, pool=None)
+
+    assert not uses_lax(layer, images, kernel)
+    monkeypatch.setattr(amx, "_TAPS_BYTES", 4 * 9 * 4 * 2 * 16 - 1)
+    assert uses_lax(layer, images, kernel)
+
+
+def test_matrix_products_in_bfloat16():
+    x, gradient = normal(5, 24, dtype=jnp.bfloat16), normal(5, 7, seed=9, dtype=jnp.bfloat16)
+    weights = normal(24, 7, seed=1)
+    dimensions = (((1,), (0,)), ((), ()))
+
+    def multiply(x, weights):
+        return bfloat16.dot_general(x, weights, dimensions, precision=None)
+
+    y, pull_back = jax.vjp(multiply, x, weights)
+    by_x, by_weights = pull_back(gradient)
+    assert y.dtype == by_x.dtype == jnp.bfloat16
+    x, gradient, low = (
+        each.astype(jnp.bfloat16).astype(jnp.float32) for each in (x, gradient, weights)
+    )
+    pairs = ((y.astype(jnp.float32), x @ low), (by_x.astype(jnp.float32), gradient @ low.T))
+    assert max(shares(pairs)) < 2**-8
+    assert shares([(by_weights, x.T @ gradient)])[0] < 4e-7  # not rounded
+
+
+@pytest.mark.parametrize(
+    ("dtype", "left", "dimensions"),
+    [
+        (jnp.float32, (5, 8), (((1,), (0,)), ((), ()))),
+        (jnp.bfloat16, (2, 5, 8), (((2,), (0,)), ((), ()))),
+        (jnp.bfloat16, (8, 8), (((0,), (0,)), ((), ()))),
+    ],
+)
+def test_other_products_are_left_to_xla(dtype, left, dimensions):
+    x, weights = normal(*left, dtype=dtype), normal(8, 8, seed=1, dtype=dtype)
+    ours = bfloat16.dot_general(x, weights, dimensions)
+    np.testing.assert_array_equal(ours, lax.dot_general(x, weights, dimensions))
+
+
+# The network and its gradients, as the trainer has them.
+NETWORK = {
+    "features": (6, 8, 5),
+    "kernels": (3, 5, 3),
+    "strides": (1, 1, 1),
+    "pools": (True, False, True),
+    "hidden": (16,),
+}
+
+
+def network_gradients(dtype, chosen, norm="none"):
+    """Loss and its gradients by parameters and images, of the same parameters every time."""
+    model = AlexNet(num_classes=5, dtype=dtype, ops=chosen, norm=norm, **NETWORK)
+    images, labels = normal(16, 8, 8, 3), jnp.arange(16) % 5
+    variables = model.init(jax.random.key(0), images, train=False)
+    others = {name: value for name, value in variables.items() if name != "params"}
+
+    def loss(params, images):
+        # In training batch norm measures these images.
+        logits, _ = model.apply(
+            {"params": params, **others},
+            images,
+            train=norm == "batch",
+            rngs={"dropout": jax.random.key(1)},
+            mutable=list(others),
+        )
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(16), labels])
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(variables["params"], images)
+
+
+def distances(trees, reference):
+    """By leaf: how far it is from the reference's, as a share of the latter's length."""
+    return jax.tree.map(
+        lambda ours, right: float(jnp.linalg.norm(ours - right) / jnp.linalg.norm(right)),
+        trees,
+        reference,
+    )
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_a_network_is_as_near_to_float32_as_xlas_in_bfloat16(norm):
+    right = network_gradients("float32", ops.PLAIN, norm)
+    ours, plain = (
+        jax.tree.leaves(distances(network_gradients("bfloat16", each, norm), right))
+        for each in (ops.AMX, ops.PLAIN)
+    )
+    assert 1e-4 < max(ours) < 0.25  # 8 bits, through five layers; the images' gradient is one
+    assert np.mean(ours) < 1.5 * np.mean(plain)
+
+
+def test_parameters_are_the_same_whatever_computes_them():
+    images = normal(1, 8, 8, 3)
+    trees = [
+        AlexNet(num_classes=5, dtype=dtype, ops=each, **NETWORK).init(
+            jax.random.key(0), images, train=False
+        )["params"]
+        for dtype in ("float32", "bfloat16")
+        for each in (ops.PLAIN, ops.CPU, ops.AMX)
+    ]
+    assert set(trees[0]["conv1"]) == set(trees[0]["fc1"]) == {"kernel", "bias"}
+    for tree in trees[1:]:
+        jax.tree.map(np.testing.assert_array_equal, tree, trees[0])
+
+
+def test_between_two_operations_nothing_changes_the_order_of_the_numbers():
+    images, narrow, wide = normal(4, 8, 8, 3), normal(3, 3, 3, 5), normal(3, 3, 5, 7)
+
+    def layers(images, narrow, wide):
+        x = amx.conv_relu_pool(
+            images.astype(jnp.bfloat16), narrow, jnp.zeros(5), stride=1, pool=None
+        )
+        return amx.conv_relu_pool(x, wide, jnp.zeros(7), stride=1, pool=None)
+
+    text = jax.jit(layers).lower(images, narrow, wide).compile().as_text()
+    main = text[text.index("ENTRY") :]
+    first, second = re.findall(r"%(\S+) = \S+ conditional\(\S+ \S+ %(\S+)\)", main)
+    operands = re.search(rf"%{second[1]} = .* tuple\((.*?)\)", main)[1]
+    assert f"%{first[0]}" in operands.split(", ") or main.count("transpose") == 2
+
+
+def test_bfloat16_under_vmap():
+    images, kernels = normal(3, 2, 4, 4, 5), normal(3, 3, 3, 5, 6)
+
+    def layer(images, kernel):
+        x = amx.conv_relu_pool(
+            images.astype(jnp.bfloat16), kernel, jnp.zeros(6), stride=1, pool=(2, 2)
+        )
+        return x.astype(jnp.float32)
+
+    together = jax.jit(functools.partial(results_and_gradients, jax.vmap(layer)))(images, kernels)
+    gradients = normal(*together[0].shape, seed=9)
+    for i in range(3):
+        y, pull_back = jax.vjp(layer, images[i], kernels[i])
+        for ours, right in zip(together, (y, *pull_back(gradients[i])), strict=True):
+            np.testing.assert_allclose(ours[i], right, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_on_several_devices():
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    images, kernel = normal(8, 4, 4, 3), normal(3, 3, 3, 6)
+
+    def layer(images, kernel):
+        return amx.conv_relu_pool(
+            images.astype(jnp.bfloat16), kernel, jnp.zeros(6), stride=1, pool=(2, 2)
+        )
+
+    compute = jax.jit(functools.partial(results_and_gradients, layer))
+    shared = compute(jax.device_put(images, split), jax.device_put(kernel, whole))
+    for ours, right in zip(shared, compute(images, kernel), strict=True):
+        np.testing.assert_allclose(ours, right, rtol=1e-5, atol=1e-5)
+
+
+CPUINFO = """processor\t: 0
+model name\t: a CPU
+flags\t\t: fpu sse2 avx512f avx512_bf16 amx_bf16 amx_tile
+bugs\t\t: spectre_v1
+
+processor\t: 1
+flags\t\t: fpu
+"""
+
+
+def test_instruction_sets_are_read_as_linux_lists_them(tmp_path):
+    (tmp_path / "cpuinfo").write_text(CPUINFO)
+    found = machine.instruction_sets(tmp_path / "cpuinfo")
+    assert found == {"fpu", "sse2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile"}
+    (tmp_path / "arm").write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
+    assert machine.instruction_sets(tmp_path / "arm") == frozenset()
+    assert machine.instruction_sets(tmp_path / "none") == frozenset()
+
+
 def test_the_switch(caplog):
     caplog.set_level(logging.INFO)
-    assert ops.choose("off", "cpu") is ops.PLAIN
-    assert ops.choose("auto", "gpu") is ops.PLAIN
+    for dtype in ("float32", "bfloat16"):
+        assert ops.choose("off", "cpu", dtype) is ops.PLAIN
+        assert ops.choose("auto", "gpu", dtype) is ops.PLAIN
     assert not caplog.records
-    assert ops.choose("auto", "cpu") is ops.CPU
-    assert ops.choose("on", "gpu") is ops.CPU
+    assert ops.choose("auto", "cpu", "float32") is ops.CPU
+    assert ops.choose("on", "gpu", "float32") is ops.CPU
     assert "'on'" in caplog.text
 
 
-def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, caplog):
-    wrong = ops.CPU._replace(max_pool=lambda x, *_: nn.avg_pool(x, (2, 2), (2, 2)))
-    monkeypatch.setattr(ops, "CPU", wrong)
-    assert ops.choose("auto", "cpu") is ops.PLAIN
+def test_the_switch_in_bfloat16(caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(machine, "instruction_sets", lambda: frozenset({"avx2"}))
+    assert ops.choose("auto", "cpu", "bfloat16") is ops.PLAIN
+    assert caplog.records[-1].levelname == "WARNING"
+    assert "no AMX" in caplog.text
+    assert ops.choose("on", "cpu", "bfloat16") is ops.AMX
+    assert "no instructions for them" in caplog.text
+    monkeypatch.setattr(machine, "instruction_sets", lambda: frozenset({"amx_bf16", "avx2"}))
+    assert ops.choose("auto", "cpu", "bfloat16") is ops.AMX
+    assert "has amx_bf16" in caplog.text
+    assert ops.choose("auto", "cpu", "bfloat16", devices=2) is ops.PLAIN
+    assert "2 devices" in caplog.text
+    assert ops.choose("on", "cpu", "bfloat16", devices=2) is ops.AMX
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("CPU", "float32"), ("AMX", "bfloat16")])
+@pytest.mark.parametrize("part", ["conv_general_dilated", "conv_relu_pool", "dot_general"])
+def test_a_kernel_that_computes_something_else_is_not_used(name, dtype, part, monkeypatch, caplog):
+    right = getattr(getattr(ops, name), part)
+
+    def wrong(*arguments, **options):
+        return right(*arguments, **options) * jnp.asarray(1.2, dtype)
+
+    monkeypatch.setattr(ops, name, getattr(ops, name)._replace(**{part: wrong}))
+    assert ops.choose("on", "cpu", dtype) is ops.PLAIN
     assert "differ" in caplog.text

@@ -14,8 +14,8 @@ from alexnet_jax.errors import InputError, show
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.ops import PLAIN, Ops
 
-# The contract of each class: fields `num_classes`, `axis_name` and `ops` as AlexNet has them,
-# fields with defaults for all that varies, and
+# The contract of each class: fields `num_classes`, `axis_name`, `ops` and `dtype` as AlexNet has
+# them, fields with defaults for all that varies, and
 # __call__(images: float[B, H, W, 3], *, train: bool) -> logits float32[B, num_classes].
 MODELS: dict[str, type[nn.Module]] = {"alexnet": AlexNet}
 
@@ -97,7 +97,8 @@ def describe(model: nn.Module, image_shape: tuple[int, ...]) -> str:
     """
     images = jnp.zeros((1, *image_shape))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-    forward = jax.jit(lambda variables: model.apply(variables, images, train=False))
+    plain = model.clone(ops=PLAIN)  # the same number whatever computes it
+    forward = jax.jit(lambda variables: plain.apply(variables, images, train=False))
     flops = (forward.lower(variables).cost_analysis() or {}).get("flops", float("nan"))
     table = get_parameter_overview(variables["params"], include_stats=False)
     return f"{table}\nForward pass of one image: {flops / 1e6:,.1f} million FLOPs"

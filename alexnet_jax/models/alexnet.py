@@ -1,10 +1,13 @@
 """AlexNet (Krizhevsky, Sutskever, Hinton, 2012), as one linen class with fields for what varies."""
 
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
 from alexnet_jax.errors import InputError
+from alexnet_jax.models.layers import ConvReluPool
 from alexnet_jax.ops import PLAIN, Ops
 
 _KERNEL_INITS = ("he_normal", "lecun_normal")
@@ -37,8 +40,8 @@ class AlexNet(nn.Module):
         kernel_init: "he_normal" (He et al., 2015, for ReLU) or "lecun_normal".
         dtype: "float32" or "bfloat16", of the arithmetic; parameters and logits are float32.
         axis_name: Mapped device axis to average batch statistics over, if any.
-        ops: What to convolve and pool with; no choice changes parameters or, beyond rounding,
-            results.
+        ops: What to convolve, pool and multiply with; no choice changes parameters or, beyond
+            rounding, results.
     """
 
     num_classes: int
@@ -80,41 +83,53 @@ class AlexNet(nn.Module):
         x = images.astype(self.dtype)
         layers = zip(self.features, self.kernels, self.strides, self.pools, strict=True)
         for i, (features, kernel, stride, pool) in enumerate(layers, start=1):
+            left = [(side + 2 * (kernel // 2) - kernel) // stride + 1 for side in x.shape[1:3]]
+            if pool and min(left) < self.pool_window:
+                raise InputError(
+                    f"images of {images.shape[1]}x{images.shape[2]} pixels are too small for "
+                    f"this network: {left[0]}x{left[1]} are left before the pooling "
+                    f"after convolution {i}, whose window is {self.pool_window}."
+                )
+            window = (self.pool_window, self.pool_stride) if pool else None
+            if self.norm == "none":
+                layer = ConvReluPool(
+                    features, kernel, stride, window, init, self.ops, name=f"conv{i}"
+                )
+                x = layer(x)
+                continue
             x = nn.Conv(
                 features,
                 (kernel, kernel),
                 (stride, stride),
                 padding=kernel // 2,
-                use_bias=self.norm == "none",  # batch normalisation brings its own
+                use_bias=False,  # batch normalisation brings its own
                 kernel_init=init,
                 dtype=self.dtype,
                 conv_general_dilated=self.ops.conv_general_dilated,
                 name=f"conv{i}",
             )(x)
-            if self.norm == "batch":
-                x = nn.BatchNorm(
-                    use_running_average=not train,
-                    momentum=self.norm_momentum,
-                    dtype=self.dtype,
-                    axis_name=self.axis_name,
-                    name=f"norm{i}",
-                )(x)
+            x = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=self.norm_momentum,
+                dtype=self.dtype,
+                axis_name=self.axis_name,
+                name=f"norm{i}",
+            )(x)
             x = nn.relu(x)
             if pool:
-                if min(x.shape[1:3]) < self.pool_window:
-                    raise InputError(
-                        f"images of {images.shape[1]}x{images.shape[2]} pixels are too small for "
-                        f"this network: {x.shape[1]}x{x.shape[2]} are left before the pooling "
-                        f"after convolution {i}, whose window is {self.pool_window}."
-                    )
-                window, step = (self.pool_window,) * 2, (self.pool_stride,) * 2
-                x = self.ops.max_pool(x, window, step)
+                x = self.ops.max_pool(x, (self.pool_window,) * 2, (self.pool_stride,) * 2)
+        dense = functools.partial(
+            nn.Dense,
+            dtype=self.dtype,
+            promote_dtype=self.ops.promote_dtype,
+            dot_general=self.ops.dot_general,
+        )
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden, start=1):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-            x = nn.Dense(width, kernel_init=init, dtype=self.dtype, name=f"fc{i}")(x)
+            x = dense(width, kernel_init=init, name=f"fc{i}")(x)
             x = nn.relu(x)
-        x = nn.Dense(self.num_classes, dtype=self.dtype, name="logits")(x)
+        x = dense(self.num_classes, name="logits")(x)
         return x.astype(jnp.float32)
 
 

@@ -2,16 +2,18 @@
 
 import functools
 import logging
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.linen import dtypes
 from jax import Array, lax
 
-from alexnet_jax.ops import convolution, pooling
+from alexnet_jax.ops import amx, bfloat16, composed, convolution, machine, pooling
 
 log = logging.getLogger(__name__)
 
@@ -23,58 +25,122 @@ class Ops(NamedTuple):
         conv_general_dilated: As `jax.lax.conv_general_dilated`; for `flax.linen.Conv`'s field of
             that name.
         max_pool: As `flax.linen.max_pool` with a window, strides, and no padding.
+        conv_relu_pool: As `composed.conv_relu_pool`.
+        dot_general: As `jax.lax.dot_general`; for `flax.linen.Dense`'s field of that name.
+        promote_dtype: As `flax.linen.dtypes.promote_dtype`; for `flax.linen.Dense`, likewise.
     """
 
     conv_general_dilated: Callable[..., Array] = lax.conv_general_dilated
     max_pool: Callable[..., Array] = nn.max_pool
+    conv_relu_pool: Callable[..., Array] = composed.conv_relu_pool
+    dot_general: Callable[..., Array] = lax.dot_general
+    promote_dtype: Callable[..., list[Any]] = dtypes.promote_dtype
 
 
 PLAIN = Ops()
-CPU = Ops(convolution.conv_general_dilated, pooling.max_pool)
+CPU = Ops(
+    convolution.conv_general_dilated,
+    pooling.max_pool,
+    functools.partial(
+        composed.conv_relu_pool,
+        conv_general_dilated=convolution.conv_general_dilated,
+        max_pool=pooling.max_pool,
+    ),
+)
+AMX = Ops(
+    amx.conv_general_dilated,
+    pooling.max_pool,
+    amx.conv_relu_pool,
+    bfloat16.dot_general,
+    bfloat16.promote_dtype,
+)
 
 SWITCH = ("auto", "on", "off")
 
+# By dtype: how much of the largest value results and gradients of two layers may be off. Those of
+# bfloat16 are rounded to 8 bits a few times on the way.
+_TOLERANCES = {"float32": 1e-4, "bfloat16": 0.03}
 
-def choose(switch: str, platform: str) -> Ops:
+
+def choose(switch: str, platform: str, dtype: str, *, devices: int = 1) -> Ops:
     """Chooses what the networks of this run compute with, and says so in the log.
 
     Args:
         switch: "off" takes XLA's own operations. "auto" takes those of this package where they
-            are the faster ones, on a CPU, if they prove right there. "on" takes them anywhere.
+            are the faster ones, if they prove right there: on a CPU, and those for bfloat16 on
+            one device alone, with instructions for it. "on" takes them anywhere.
         platform: Of the devices: "cpu", "gpu", "tpu".
+        dtype: Of the network's arithmetic: "float32", "bfloat16".
+        devices: Number of devices that share a batch.
     """
     if switch == "off" or (switch == "auto" and platform != "cpu"):
         return PLAIN
-    error = _largest_error(CPU)
-    if error > 1e-4:
+    ops, how, why = CPU, "the CPU's kernels", f"config.cpu_kernels is {switch!r}"
+    if dtype == "bfloat16":
+        found = sorted(machine.BFLOAT16 & machine.instruction_sets())
+        if switch == "auto" and not found:
+            log.warning(
+                "Convolution and pooling by XLA: this CPU has no AMX and no AVX-512 for bfloat16, "
+                "which is slow without; config.model.dtype 'float32' is faster here."
+            )
+            return PLAIN
+        if switch == "auto" and devices > 1:
+            log.info(
+                "Convolution and pooling by XLA: of %d devices each would compute the whole batch "
+                "with the CPU's kernels for bfloat16.",
+                devices,
+            )
+            return PLAIN
+        ops, how = AMX, "the CPU's kernels for bfloat16"
+        why += f"; this CPU has {' and '.join(found) or 'no instructions for them'}"
+    error = _largest_error(ops, dtype)
+    if not error <= _TOLERANCES[dtype]:
         log.warning(
             "The CPU's kernels differ from XLA's by %.1g here; the run goes on without them.", error
         )
         return PLAIN
-    log.info("Convolution and pooling by the CPU's kernels (config.cpu_kernels is %r).", switch)
-    return CPU
+    log.info("Convolution and pooling by %s (%s).", how, why)
+    return ops
 
 
-def _largest_error(ops: Ops) -> float:
-    """Compares the results and gradients of a small network with those of XLA's operations."""
+def _largest_error(ops: Ops, dtype: str) -> float:
+    """Compares results and gradients of a small network with those of XLA in float32.
+
+    Returns:
+        The largest difference, as a share of the largest value of the same array.
+    """
     draw = np.random.default_rng(0).standard_normal
-    images = jnp.asarray(draw((2, 6, 6, 16)), jnp.float32)
-    kernel = jnp.asarray(draw((3, 3, 16, 16)), jnp.float32)
+    shapes = ((2, 4, 4, 16), (3, 3, 16, 24), (24,), (3, 3, 24, 16), (64, 8))
+    # The same numbers in each dtype, and about 1 in each layer.
+    operands = [
+        jnp.asarray(draw(shape) / math.prod(shape[:-1]) ** 0.5, dtype).astype(jnp.float32)
+        for shape in shapes
+    ]
 
-    def example(ops: Ops, images: Array, kernel: Array) -> Array:
-        conv = nn.Conv(16, (3, 3), conv_general_dilated=ops.conv_general_dilated, use_bias=False)
-        x = conv.apply({"params": {"kernel": kernel}}, images)
-        return jnp.sum(jnp.sin(ops.max_pool(x, (2, 2), (2, 2))))
+    def network(ops: Ops, dtype: str, operands: list[Array]) -> Array:
+        images, kernel, bias, narrowing, matrix = operands
+        x: Any = images.astype(dtype)
+        x = ops.conv_relu_pool(x, kernel, bias, stride=1, pool=(2, 2))
+        x = nn.Conv(
+            16,
+            (3, 3),
+            padding=1,
+            use_bias=False,
+            dtype=dtype,
+            conv_general_dilated=ops.conv_general_dilated,
+        ).apply({"params": {"kernel": narrowing}}, x)
+        x = x.reshape(x.shape[0], -1)
+        return ops.dot_general(x, matrix.astype(dtype), (((1,), (0,)), ((), ()))).astype(
+            jnp.float32
+        )
 
     @jax.jit
-    def compare(images: Array, kernel: Array) -> Array:
-        ours, plain = (
-            jax.value_and_grad(functools.partial(example, each), argnums=(0, 1))(images, kernel)
-            for each in (ops, PLAIN)
-        )
-        differences = jax.tree.map(
-            lambda a, b: jnp.abs(a - b).max() / jnp.abs(b).max(), ours, plain
-        )
+    def compare(operands: list[Array]) -> Array:
+        pairs = []
+        for each, precision in ((ops, dtype), (PLAIN, "float32")):
+            results, pull_back = jax.vjp(functools.partial(network, each, precision), operands)
+            pairs.append((results, *pull_back(jnp.sin(results))))
+        differences = jax.tree.map(lambda a, b: jnp.abs(a - b).max() / jnp.abs(b).max(), *pairs)
         return jnp.max(jnp.stack(jax.tree.leaves(differences)))
 
-    return float(compare(images, kernel))
+    return float(compare(operands))

@@ -38,8 +38,14 @@ def conv_general_dilated(
     by `winograd`, others by `patches` unless these would take too much memory. They can be
     differentiated in reverse mode only.
     """
-    arguments = (lhs_dilation, rhs_dilation, feature_group_count, batch_group_count)
-    if _covered(lhs, rhs, dimension_numbers, *arguments, *options.values()):
+    arguments = (
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        feature_group_count,
+        batch_group_count,
+    )
+    if is_ordinary(lhs, rhs, *arguments, *options.values()) and lhs.dtype == jnp.float32:
         strides = (window_strides[0], window_strides[1])
         if isinstance(padding, str):
             padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
@@ -57,31 +63,23 @@ def conv_general_dilated(
             return winograd.convolve(images, rhs)[:, :rows, :columns]
         if ordinary and 4 * lhs.shape[0] * rows * columns * rhs[..., 0].size <= _PATCHES_BYTES:
             return patches.convolve(_pad(lhs, padding), rhs, strides)
-    return lax.conv_general_dilated(
-        lhs,
-        rhs,
-        window_strides,
-        padding,
-        *arguments[:2],
-        dimension_numbers,
-        *arguments[2:],
-        **options,
-    )
+    return lax.conv_general_dilated(lhs, rhs, window_strides, padding, *arguments, **options)
 
 
-def _covered(
+def is_ordinary(
     lhs: Array,
     rhs: Array,
-    dimension_numbers: Any,
     lhs_dilation: Sequence[int] | None,
     rhs_dilation: Sequence[int] | None,
+    dimension_numbers: Any,
     feature_group_count: int,
     batch_group_count: int,
     *options: Any,
 ) -> bool:
+    """Says whether a convolution is one of NHWC images without dilation, groups, or options."""
     return (
         lhs.ndim == 4
-        and lhs.dtype == rhs.dtype == jnp.float32
+        and lhs.dtype == rhs.dtype
         and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers) == _NHWC
         and set(lhs_dilation or (1,)) == set(rhs_dilation or (1,)) == {1}
         and feature_group_count == batch_group_count == 1

@@ -19,10 +19,15 @@ def max_pool_2x2(x: Array) -> Array:
     Returns:
         float[B, h, w, C].
     """
-    return _forward(x)[0]
+    return pool(x)[0]
 
 
-def _forward(x: Array) -> tuple[Array, Array]:
+def pool(x: Array) -> tuple[Array, Array]:
+    """Takes the largest of each 2x2 pixels, and says which it was, 0 to 3, as uint8[B, h, w, C].
+
+    Args:
+        x: float[B, 2h, 2w, C]; also in another order, with the pixels in the middle.
+    """
     batch, height, width, channels = x.shape
     windows = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
     a, b, c, d = (windows[:, :, i, :, j] for i in range(2) for j in range(2))
@@ -31,15 +36,24 @@ def _forward(x: Array) -> tuple[Array, Array]:
     return jnp.maximum(above, below), winner.astype(jnp.uint8)
 
 
-def _backward(winner: Array, gradient: Array) -> tuple[Array]:
+def spread(winner: Array, gradient: Array) -> Array:
+    """Transposes `pool`: each number goes to the pixel that won, and to none if that is no 0 to 3.
+
+    Args:
+        winner: uint8[B, h, w, C].
+        gradient: Of any dtype, [B, h, w, C].
+
+    Returns:
+        The gradient's dtype, [B, 2h, 2w, C].
+    """
     batch, height, width, channels = gradient.shape
     pixel = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
     won = winner[:, :, None, :, None] == pixel
-    spread = jnp.where(won, gradient[:, :, None, :, None], jnp.zeros((), gradient.dtype))
-    return (spread.reshape(batch, 2 * height, 2 * width, channels),)
+    pixels = jnp.where(won, gradient[:, :, None, :, None], jnp.zeros((), gradient.dtype))
+    return pixels.reshape(batch, 2 * height, 2 * width, channels)
 
 
-max_pool_2x2.defvjp(_forward, _backward)
+max_pool_2x2.defvjp(pool, lambda winner, gradient: (spread(winner, gradient),))
 
 
 def max_pool(x: Array, window_shape: tuple[int, int], strides: tuple[int, int]) -> Array:
