@@ -45,7 +45,7 @@ def ours(dtype: str = "float32", cpu_kernels: str = "auto") -> Callable[[str, in
     from alexnet_jax.models.alexnet import AlexNet
 
     runtime.keep_freed_memory()
-    chosen = ops.choose(cpu_kernels, jax.default_backend())
+    chosen = ops.choose(cpu_kernels, jax.default_backend(), dtype)
     model = AlexNet(
         num_classes=CLASSES,
         features=CHANNELS,
@@ -93,7 +93,11 @@ def ours(dtype: str = "float32", cpu_kernels: str = "auto") -> Callable[[str, in
 
 
 def pytorch(
-    *, bfloat16: bool = False, channels_last: bool = False, fused: bool = False, compiled=False
+    *,
+    bfloat16: bool = False,
+    channels_last: bool = False,
+    fused: bool = False,
+    compiled: bool = False,
 ) -> Callable[[str, int], Timed]:
     """Returns a function that builds "train" or "infer" for a batch size."""
     import torch

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from contenders import CONTENDERS  # noqa: E402  (the path comes first)
+from benchmarks.contenders import CONTENDERS, serve  # noqa: E402  (the path comes first)
 
 MAIN = [sys.executable, "-m", "alexnet_jax.main"]
 FLOPS_FORWARD = 400.3e6  # of the reference network, an image; a training step has three times that
@@ -39,8 +39,6 @@ class Contender:
     """A process of its own that times what it is asked to."""
 
     def __init__(self, name: str) -> None:
-        from contenders import serve
-
         context = multiprocessing.get_context("spawn")
         self.name = name
         self._connection, other = context.Pipe()
@@ -77,7 +75,7 @@ def take_turns(what: str, size: int, options: argparse.Namespace) -> dict[str, A
     medians = {name: statistics.median(times) for name, times in taken.items() if times}
     first = next(iter(medians))
     work = FLOPS_FORWARD * size * (3 if what == "train" else 1)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "contender": name,
             "milliseconds": 1e3 * seconds,
@@ -179,7 +177,8 @@ sys.path.insert(0, "configs")
 import cifar10
 runtime.prepare()
 config = cifar10.get_config()
-model = models.create_model(config.model, 10, ops=ops.choose("auto", jax.default_backend()))
+chosen = ops.choose("auto", jax.default_backend(), config.model.dtype)
+model = models.create_model(config.model, 10, ops=chosen)
 schedule = optimizers.create_schedule(config.optimizer, 40, 20)
 optimizer = optimizers.create_optimizer(config.optimizer, schedule)
 step = jax.jit(functools.partial(steps.train_step, model=model, optimizer=optimizer,
@@ -247,7 +246,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
             stderr=subprocess.DEVNULL,
         ) as process,
     ):
-        sizes = []
+        sizes: list[float] = []
         while process.poll() is None and len(sizes) < options.memory_seconds:
             time.sleep(1)
             lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
@@ -287,7 +286,7 @@ def checkpoint(options: argparse.Namespace) -> dict[str, Any]:
             started = time.perf_counter()
             shapes = jax.eval_shape(create)
             place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            jax.block_until_ready(checkpoints.restore(shapes, place)[0].params)
+            jax.block_until_ready(checkpoints.restore(shapes, place))
             restored.append(time.perf_counter() - started)
             checkpoints.close()
     found = {
