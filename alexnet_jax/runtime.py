@@ -5,6 +5,7 @@ import os
 import platform
 from pathlib import Path
 
+import filelock
 import jax
 
 # Of glibc's <malloc.h>.
@@ -55,6 +56,7 @@ def keep_compiled_programs() -> str:
     folder = home / "alexnet_jax" / "programs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_torn(folder)
     except OSError as error:
         return f"Compiled programs are not kept: {error}."
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -62,3 +64,16 @@ def keep_compiled_programs() -> str:
     # A program too small to be kept by default is still slower to compile than to read.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return f"Compiled programs are kept in {folder}."
+
+
+def _remove_torn(folder: Path) -> None:
+    """Removes the programs that a killed process has left half-written.
+
+    JAX would warn of each at every start, and never replace it. It writes the time of use after
+    the program itself, so what has no time is torn, unless it is being written now; while JAX
+    writes, it holds this lock.
+    """
+    with filelock.FileLock(folder / ".lockfile", timeout=10):
+        for program in folder.glob("*-cache"):
+            if not program.with_name(f"{program.name.removesuffix('cache')}atime").exists():
+                program.unlink()

@@ -2,7 +2,10 @@
 
 import functools
 import logging
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -558,3 +561,17 @@ def test_a_kernel_that_computes_something_else_is_not_used(name, dtype, part, mo
     monkeypatch.setattr(ops, name, getattr(ops, name)._replace(**{part: wrong}))
     assert ops.choose("on", "cpu", dtype) is ops.PLAIN
     assert "differ" in caplog.text
+
+
+@pytest.mark.parametrize("instructions", ["SSE4_2", "AVX2"])
+def test_a_cpu_with_fewer_instructions_computes_the_same(instructions):
+    """The self-check passes, results and gradients included, whatever XLA may use of this CPU."""
+    code = "from alexnet_jax import ops; print(ops.choose('on', 'cpu', 'float32') is ops.CPU)"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_cpu_max_isa={instructions}",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "True\n"

@@ -35,6 +35,18 @@ def test_programs_are_kept_for_the_next_process(tmp_path):
     assert "Persistent compilation cache hit" in second
 
 
+def test_a_half_written_program_is_removed(tmp_path):
+    folder = tmp_path / "alexnet_jax" / "programs"
+    folder.mkdir(parents=True)
+    for name in ("whole-cache", "whole-atime", "torn-cache"):
+        (folder / name).touch()
+    python(PREPARE, tmp_path)
+    assert {path.name for path in folder.iterdir()} - {".lockfile"} == {
+        "whole-cache",
+        "whole-atime",
+    }
+
+
 def test_what_was_done_is_told(tmp_path):
     said = python(PREPARE, tmp_path).stdout
     assert f"Compiled programs are kept in {tmp_path / 'alexnet_jax' / 'programs'}." in said
