@@ -162,7 +162,8 @@ def train_steps(
     Args:
         state: Its step says which epoch it is and where in it the run stands.
         dataset: image uint8[N, H, W, C], label int32[N]; N // batch_size steps make an epoch,
-            and what is left over falls to other epochs, whose order is another.
+            and what is left over falls to other epochs, whose order is another. It may
+            hold order int32[N], that of this epoch, which is worked out here otherwise.
         step_fn: `train_step` with everything but state and batch given.
         num_steps: How many; they must not reach into the next epoch.
         batch_size: Images per step.
@@ -177,7 +178,9 @@ def train_steps(
     """
     size = dataset["label"].shape[0]
     steps_per_epoch = size // batch_size
-    order = epoch_order(order_key(state.key), state.step // steps_per_epoch, size)
+    order = dataset.get("order")
+    if order is None:
+        order = epoch_order(order_key(state.key), state.step // steps_per_epoch, size)
 
     def body(state: TrainState, _: None) -> tuple[TrainState, TrainMetrics]:
         position = state.step % steps_per_epoch
