@@ -120,6 +120,21 @@ def train_step(
     return state, over_devices(metrics, axis_name)
 
 
+def predict_step(
+    state: TrainState, images: Array, *, model: nn.Module, normalize: Normalize
+) -> Array:
+    """Returns logits float32[B, classes] of images uint8[B, H, W, C].
+
+    Args:
+        state: Whose `variables` are used.
+        images: What the network is asked about.
+        model: The network.
+        normalize: From uint8 images to what the network takes.
+    """
+    logits: Any = model.apply(state.variables, normalize(images), train=False)
+    return logits
+
+
 def eval_step(
     state: TrainState,
     batch: Batch,
@@ -137,7 +152,7 @@ def eval_step(
         normalize: From uint8 images to what the network takes.
         axis_name: Mapped device axis that the batch is split over, if any.
     """
-    logits: Any = model.apply(state.variables, normalize(batch["image"]), train=False)
+    logits = predict_step(state, batch["image"], model=model, normalize=normalize)
     metrics = EvalMetrics.single_from_model_output(
         loss=cross_entropy(logits, batch["label"]),
         logits=logits,
