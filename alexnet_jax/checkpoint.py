@@ -13,8 +13,8 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path) -> None:
         """Opens the folder, creating it if need be, and removes what a kill left half-written."""
-        self._quiet = ExitStack()
-        self._quiet.enter_context(_orbax_quiet())
+        _quieten_orbax()
         keep = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(NEWEST_KEPT),
@@ -340,7 +339,6 @@ class Checkpoints:
             with suppress(Exception):
                 self._manager.close()
                 break
-        self._quiet.close()
 
     @property
     def best_step(self) -> int | None:
@@ -371,8 +369,8 @@ def _reason(error: Exception) -> str:
     return os.strerror(int(system[1])) if system else text.split("\n")[0][:200]
 
 
-@contextmanager
-def _orbax_quiet() -> Iterator[None]:
+@functools.cache
+def _quieten_orbax() -> None:
     """Keeps Orbax from the terminal; what it has to tell is raised, too, and said in one line.
 
     It tells of each file at INFO, about 70 lines a save, and warns of saves that, rightly, have no
@@ -398,10 +396,6 @@ def _orbax_quiet() -> Iterator[None]:
         or "orbax" in getattr(getattr(args.object, "cr_code", None), "co_filename", "")
         else unraisablehook(args)
     )
-    try:
-        yield
-    finally:
-        sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
