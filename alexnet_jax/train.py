@@ -42,7 +42,6 @@ class Programs(NamedTuple):
     create: Callable[[], TrainState]  # not compiled: also evaluated for its shapes alone
     advance: Callable[[int], Callable[..., tuple[TrainState, TrainMetrics]]]  # by number of steps
     measure: Callable[[TrainState, batches.Batch], EvalMetrics]
-    order: Callable[[jax.Array, np.int32], jax.Array]  # of an epoch, by key and number
 
 
 def train_and_evaluate(
@@ -204,9 +203,6 @@ def _build(
         measure=parallel.compile_reading(
             functools.partial(steps.eval_step, model=model, normalize=normalize), mesh
         ),
-        order=parallel.compile_reading(
-            functools.partial(batches.epoch_order, size=data.train_size), mesh
-        ),
     )
 
 
@@ -257,18 +253,14 @@ def _loop(
         figures["learning_rate"] = rate
         writer.trained(last, count * config.train.batch_size, figures)
 
-    order_key = steps.order_key(state.key)
-    with stop_requests() as stop_requested, data.feed(order_key, step) as feed:
-        stopping, begun = False, False
+    feeding = data.train.feed(steps.order_key(state.key), step)
+    with stop_requests() as stop_requested, feeding as feed:
+        stopping = False
         while step < total_steps and not stopping:
             # Dispatches end at the same steps whether or not the run was interrupted.
             position = step % steps_per_epoch
             count = min(per_dispatch - position % per_dispatch, steps_per_epoch - position)
-            if isinstance(feed, dict) and (position == 0 or not begun):
-                # Once an epoch: to sort 45,000 random keys takes a CPU 30 ms, of a step of 700.
-                epoch = np.int32(step // steps_per_epoch)
-                feed, begun = feed | {"order": programs.order(order_key, epoch)}, True
-            state, metrics = programs.advance(count)(state, feed)
+            state, metrics = programs.advance(count)(state, feed(step))
             step += count
             checkpoints.look()
             if pending:  # one dispatch late, so that the device always has work

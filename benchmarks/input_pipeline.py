@@ -25,6 +25,7 @@ WAYS = {"resident": None, "threads": 0, "1 worker": 1, "2 workers": 2}
 def measure(way: str, options: dict[str, Any], answer: Any) -> None:
     """Delivers batches for some seconds and answers with what was measured."""
     import jax
+    import numpy as np
 
     from alexnet_jax import parallel, steps
     from alexnet_jax.config import default_config
@@ -49,15 +50,15 @@ def measure(way: str, options: dict[str, Any], answer: Any) -> None:
 
     @jax.jit
     def gather(train: batches.Dataset, step: jax.Array) -> batches.Batch:
-        order = batches.epoch_order(key, step // data.steps_per_epoch, data.train_size)
-        return batches.take_batch(train, order, step % data.steps_per_epoch, size)
+        return batches.take_batch(train, train["order"], step % data.steps_per_epoch, size)
 
-    with data.feed(key, 0) as feed:
+    with data.train.feed(key, 0) as feed:
         started = time.perf_counter()
 
         def batch(step: int) -> None:
             streamed = isinstance(data.train, StreamedDataset)
-            jax.block_until_ready(next(feed) if streamed else gather(feed, jax.numpy.int32(step)))
+            drawn = feed(step)
+            jax.block_until_ready(next(drawn) if streamed else gather(drawn, np.int32(step)))
 
         batch(0)
         first_seconds = time.perf_counter() - started

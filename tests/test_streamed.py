@@ -19,7 +19,7 @@ from alexnet_jax.config import default_config
 from alexnet_jax.data import resident, streamed
 from alexnet_jax.data.batches import epoch_order, padded_batches, take_batch
 from alexnet_jax.data.reading import Batches, read_ahead
-from alexnet_jax.data.resident import load_data
+from alexnet_jax.data.resident import ResidentDataset, load_data
 from alexnet_jax.data.streamed import StreamedBatches, StreamedDataset, process_share, training_rows
 from alexnet_jax.errors import InputError
 
@@ -229,7 +229,7 @@ def test_auto_streams_what_does_not_fit(fraction, tmp_path, monkeypatch):
     mesh = parallel.make_mesh(jax.devices()[:2])
     config = digits(tmp_path, **{"data.validation_fraction": fraction})
     whole = load_data(config, mesh)
-    assert isinstance(whole.train, dict)
+    assert isinstance(whole.train, ResidentDataset)
     for limit in (8 * 8 * 3 * 400, 0):
         monkeypatch.setattr(resident, "resident_limit", lambda mesh, limit=limit: limit)
         partly = load_data(config, mesh)
@@ -245,7 +245,7 @@ def test_auto_streams_what_does_not_fit(fraction, tmp_path, monkeypatch):
             for one, other in zip(ours, theirs, strict=True):
                 jax.tree.map(np.testing.assert_array_equal, one, other)
     config.data.resident = "on"
-    assert isinstance(load_data(config, mesh).train, dict)
+    assert isinstance(load_data(config, mesh).train, ResidentDataset)
 
 
 def test_what_may_be_resident_leaves_room():
@@ -264,3 +264,19 @@ def test_reading_is_ahead_of_its_use():
         while len(placed) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert 3 <= len(placed) <= 4  # the one in use, two that wait, one in hand
+
+
+def test_both_ways_feed_the_same_batches_whatever_the_step(tmp_path):
+    """The resident one is asked at any step, as after a restart; the streamed one in turn."""
+    mesh = parallel.make_mesh(jax.devices()[:2])
+    config = digits(tmp_path, **{"train.batch_size": 512, "train.epochs": 2})
+    one = load_data(config, mesh).train
+    config.data.resident = "off"
+    other = load_data(config, mesh).train
+    per_epoch = one.arrays["label"].size // 512
+    with one.feed(KEY, 1) as arrays, other.feed(KEY, 1) as stream:
+        for step in range(1, 2 * per_epoch):
+            drawn = arrays(step)
+            assert drawn["order"].sharding.is_fully_replicated
+            ours = take_batch(drawn, drawn["order"], step % per_epoch, 512)
+            jax.tree.map(np.testing.assert_array_equal, ours, next(stream(step)))

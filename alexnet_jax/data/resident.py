@@ -1,5 +1,6 @@
 """The data of a run: on the devices as uint8 where they fit, streamed where they do not."""
 
+import dataclasses
 import functools
 import logging
 import os
@@ -32,11 +33,44 @@ MEMORY_SHARE = 4
 STATISTICS_PIXELS = 2**28
 
 
+@dataclasses.dataclass(frozen=True)
+class ResidentDataset:
+    """Images to train on, on every device.
+
+    Attributes:
+        arrays: image uint8[N, S, S, 3] and label int32[N].
+        batch_size: B, images in each batch, over all processes.
+        mesh: The devices.
+    """
+
+    arrays: batches.Dataset
+    batch_size: int
+    mesh: Mesh
+
+    def feed(self, key: Array, step: int) -> AbstractContextManager[Callable[[int], Any]]:
+        """Opens what `steps.train_steps` takes: all images, and the order of a step's epoch.
+
+        Args:
+            key: Of `batches.epoch_order`.
+            step: Where the run stands; any other may be asked for, too.
+        """
+        size = len(self.arrays["label"])
+        order = parallel.compile_reading(
+            functools.partial(batches.epoch_order, size=size), self.mesh
+        )
+
+        @functools.lru_cache(maxsize=1)  # to sort 45,000 random keys takes a CPU 30 ms
+        def in_epoch(epoch: int) -> batches.Dataset:
+            return self.arrays | {"order": order(key, np.int32(epoch))}
+
+        return nullcontext(lambda step: in_epoch(step // (size // self.batch_size)))
+
+
 class RunData(NamedTuple):
     """The images of a run; the test set is open and not yet read.
 
     Attributes:
-        train: image uint8[N, S, S, 3] and label int32[N], on every device; or what streams them.
+        train: What the training steps draw their batches from.
         train_size: N.
         steps_per_epoch: Whole batches in N images.
         validation: Batches that are split over the devices; none if no images are held out.
@@ -45,26 +79,12 @@ class RunData(NamedTuple):
             checksums of the files.
     """
 
-    train: batches.Dataset | StreamedDataset
+    train: ResidentDataset | StreamedDataset
     train_size: int
     steps_per_epoch: int
     validation: list[batches.Batch] | StreamedBatches
     read_test: Callable[[], list[batches.Batch] | StreamedBatches]
     info: dict[str, Any]
-
-    def feed(self, key: Array, step: int) -> AbstractContextManager[Any]:
-        """Opens what the training steps draw their batches from.
-
-        Args:
-            key: Of `batches.epoch_order`.
-            step: Where the run stands.
-
-        Returns:
-            A context: of the images on the devices, or of the stream of batches from `step` on.
-        """
-        if isinstance(self.train, StreamedDataset):
-            return self.train.stream(key, step)
-        return nullcontext(self.train)
 
 
 def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
@@ -92,7 +112,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
             f"{len(first):,} images to train on, so it must be at most that."
         )
     sample = first[_evenly_spaced(len(first), STATISTICS_PIXELS // config.data.image_size**2)]
-    train: batches.Dataset | StreamedDataset
+    train: ResidentDataset | StreamedDataset
     validation: list[batches.Batch] | StreamedBatches
     measure_on = functools.partial(_measure_on, config.data, config.train.eval_batch_size, mesh)
     if resident:
@@ -102,7 +122,9 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
             images[second], labels[second], config.train.eval_batch_size, mesh
         )
         del images
-        train = parallel.place(host, parallel.replicated(mesh))
+        train = ResidentDataset(
+            parallel.place(host, parallel.replicated(mesh)), config.train.batch_size, mesh
+        )
     else:
         counts = _count_streamed(source, sample, config.data)
         validation = measure_on(source, second)

@@ -63,6 +63,17 @@ class StreamedDataset:
         finally:
             batches.close()
 
+    @contextmanager
+    def feed(self, key: Array, step: int) -> Iterator[Callable[[int], Iterator[Batch]]]:
+        """Opens what `advance` takes at each step; the steps must be asked for in turn.
+
+        Args:
+            key: Of `epoch_order`.
+            step: Where the run stands.
+        """
+        with self.stream(key, step) as batches:
+            yield lambda step: batches
+
     def _batches(self, key: Array, step: int) -> Generator[Batch, None, None]:
         steps_per_epoch = len(self.indices) // self.batch_size
         first = step // steps_per_epoch
