@@ -6,15 +6,14 @@
 import ast
 import functools
 import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forking import ROOT, answering
 from hypothesis import example, given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
@@ -27,7 +26,6 @@ from alexnet_jax.optimizers import create_optimizer, create_schedule
 from alexnet_jax.state import create_state
 from alexnet_jax.steps import train_step
 
-ROOT = Path(__file__).parents[1]
 DEFAULTS = dict(flatten(default_config()))
 KEYS = st.sampled_from(sorted(DEFAULTS))
 
@@ -201,51 +199,6 @@ def test_a_mutated_config_is_refused_or_can_be_built(changes):
 
 # --- command lines ------------------------------------------------------------------------------
 
-# Answers each line of arguments in a fork of a process that has imported everything: absl's flags
-# can be parsed only once in a process, and a crash or a hang is seen as what it is.
-SERVER = """
-import json, os, signal, sys, tempfile, traceback, types
-import jax
-from alexnet_jax import config, main
-from test_bad_input import build
-
-def only_build(options, workdir, notes):
-    build(options)
-    print(json.dumps({"workdir": str(workdir), **dict(config.flatten(options))}))
-
-sys.modules["alexnet_jax.train"] = types.SimpleNamespace(train_and_evaluate=only_build)
-
-def run(arguments):
-    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-    child = os.fork()
-    if not child:
-        signal.alarm(100)
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.argv = ["main.py", *arguments]
-        code = 0
-        try:
-            main.run()
-        except SystemExit as stop:
-            code = stop.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = []
-    for file in (out, err):
-        file.seek(0)
-        texts.append(file.read().decode())
-    return code, *texts
-
-for line in sys.stdin:
-    print(json.dumps(run(json.loads(line))), flush=True)
-"""
-
 CONFIG_FILES = {
     "good.py": "from configs.digits import get_config\n",
     "syntax.py": "def get_config(:\n",
@@ -279,33 +232,8 @@ CONFIG_FILES = {
 def answer(tmp_path_factory):
     """Asks for exit code, standard output and standard error of a command line."""
     folder = tmp_path_factory.mktemp("bad_input")
-    shutil.copytree(ROOT / "configs", folder / "configs")
-    for name, text in CONFIG_FILES.items():
-        (folder / name).write_text(text)
-    files = sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts)
-    environment = {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{folder}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as server:
-
-        def ask(arguments):
-            server.stdin.write(json.dumps(arguments) + "\n")
-            server.stdin.flush()
-            return json.loads(server.stdout.readline())
-
+    with answering(folder, CONFIG_FILES, "test_bad_input.build") as ask:
         yield ask
-        server.stdin.close()
-    left = sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts)
-    assert left == files, "a command line left something on disk"
 
 
 # What a shell can hand over: anything but the null character, bytes that are no UTF-8 included.

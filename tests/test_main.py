@@ -1,54 +1,11 @@
 """The command line: each way to get it wrong is one sentence, exit code 2, and nothing on disk."""
 
 import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-
-# Runs each command line in a fork of a process that has imported everything, since an import
-# takes seconds and absl's flags can be parsed only once. Only `train_and_evaluate` is replaced.
-DRIVER = """
-import json, os, sys, tempfile, traceback, types
-from alexnet_jax import config, main
-
-def only_validate(options, workdir, notes):
-    config.validate(options)
-    print(json.dumps({"workdir": str(workdir), **dict(config.flatten(options))}))
-
-sys.modules["alexnet_jax.train"] = types.SimpleNamespace(train_and_evaluate=only_validate)
-
-def run(arguments):
-    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-    child = os.fork()
-    if not child:
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-        sys.argv = ["main.py", *arguments]
-        code = 0
-        try:
-            main.run()
-        except SystemExit as stop:
-            code = stop.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = []
-    for file in (out, err):
-        file.seek(0)
-        texts.append(file.read().decode())
-    return code, *texts
-
-json.dump([run(arguments) for arguments in json.load(sys.stdin)], sys.stdout)
-"""
+from forking import ROOT, answering
 
 FILES = {
     "no_function.py": "x = 1\n",
@@ -165,26 +122,11 @@ HELP = [["--help"], ["-h"], ["--helpfull"], [GIVEN, "--help"], [GIVEN, "--config
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """Exit code, standard output and standard error of each command line, and the folder."""
-    folder = tmp_path_factory.mktemp("main")
-    shutil.copytree(ROOT / "configs", folder / "configs")
-    for name, text in FILES.items():
-        (folder / name).write_text(text)
-    before = {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
+    """Exit code, standard output and standard error of each command line."""
     lines = [line for line, _ in BAD + GOOD] + HELP
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        cwd=folder,
-        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        input=json.dumps(lines),
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    after = {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
-    assert after == before, "a command line left something on disk"
-    return {tuple(line): found for line, found in zip(lines, json.loads(done.stdout), strict=True)}
+    check = "alexnet_jax.config.validate"
+    with answering(tmp_path_factory.mktemp("main"), FILES, check) as ask:
+        return {tuple(line): ask(line) for line in lines}
 
 
 @pytest.mark.parametrize(("line", "says"), BAD, ids=[" ".join(line) or "-" for line, _ in BAD])
