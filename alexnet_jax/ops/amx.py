@@ -8,7 +8,6 @@ channels; between two of these operations XLA cancels the two changes of order.
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jax import Array, lax
 
 from alexnet_jax.ops import composed, pooling
 from alexnet_jax.ops.bfloat16 import apart, from_bits, multiply, row_major, to_bits
-from alexnet_jax.ops.convolution import is_ordinary
+from alexnet_jax.ops.convolution import drop_in
 
 # Of what one convolution multiplies or sums; a training step has several such arrays at once.
 _TAPS_BYTES = 2**30
@@ -53,41 +52,22 @@ def conv_relu_pool(
     )
 
 
-def conv_general_dilated(
-    lhs: Array,
-    rhs: Array,
-    window_strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
-    lhs_dilation: Sequence[int] | None = None,
-    rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: Any = None,
-    feature_group_count: int = 1,
-    batch_group_count: int = 1,
-    **options: Any,
-) -> Array:
-    """As `jax.lax.conv_general_dilated`, and by it, for all that is not covered here.
+def _same_size(
+    images: Array, kernel: Array, strides: tuple[int, int], padding: Sequence[tuple[int, int]]
+) -> Array | None:
+    """Convolves where there are as many pixels out as in; see `convolution.drop_in`."""
+    edges = {edge for pair in padding for edge in pair}
+    if strides == (1, 1) and edges == {kernel.shape[0] // 2} and _covered(images, kernel):
+        return _convolve(images, kernel)
+    return None
 
-    Covered are bfloat16 images in NHWC order without dilation or groups, stride 1, kernels of odd
-    sides, and results of the images' size. That can be differentiated in reverse mode only.
-    """
-    arguments = (
-        lhs_dilation,
-        rhs_dilation,
-        dimension_numbers,
-        feature_group_count,
-        batch_group_count,
-    )
-    if (
-        is_ordinary(lhs, rhs, *arguments, *options.values())
-        and tuple(window_strides) == (1, 1)
-        and _covered(lhs, rhs)
-    ):
-        pads = padding
-        if isinstance(padding, str):
-            pads = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], (1, 1), padding)
-        if all(edge == rhs.shape[0] // 2 for pair in pads for edge in pair):
-            return _convolve(lhs, rhs)
-    return lax.conv_general_dilated(lhs, rhs, window_strides, padding, *arguments, **options)
+
+conv_general_dilated = drop_in(_same_size)
+"""As `jax.lax.conv_general_dilated`, and by it, for all that is not covered here.
+
+Covered are bfloat16 images in NHWC order without dilation or groups, stride 1, kernels of odd
+sides, and results of the images' size. That can be differentiated in reverse mode only.
+"""
 
 
 def _covered(images: Array, kernel: Array) -> bool:

@@ -5,7 +5,7 @@ only a moderate one there. As matrix products, which it does well, the same conv
 the time; `docs/performance.md` has the figures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,53 +20,52 @@ _PATCHES_BYTES = 2**30
 _NHWC = lax.conv_dimension_numbers((0,) * 4, (0,) * 4, ("NHWC", "HWIO", "NHWC"))
 
 
-def conv_general_dilated(
-    lhs: Array,
-    rhs: Array,
-    window_strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
-    lhs_dilation: Sequence[int] | None = None,
-    rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: Any = None,
-    feature_group_count: int = 1,
-    batch_group_count: int = 1,
-    **options: Any,
-) -> Array:
-    """As `jax.lax.conv_general_dilated`, and by it, for all that the algorithms here do not cover.
+# From images, kernel, strides, and pixels to pad with before and after rows and columns, to the
+# result; None where it does not cover these.
+Algorithm = Callable[[Array, Array, tuple[int, int], Sequence[tuple[int, int]]], Array | None]
 
-    They cover float32 images in NHWC order without dilation or groups: 3x3 kernels of stride 1
-    by `winograd`, others by `patches` unless these would take too much memory. They can be
-    differentiated in reverse mode only.
+
+def drop_in(algorithm: Algorithm) -> Callable[..., Array]:
+    """Makes a replacement of `jax.lax.conv_general_dilated` of an algorithm.
+
+    Args:
+        algorithm: Asked for what it may cover: images in NHWC order of the kernel's dtype, without
+            dilation, groups, or options. XLA computes the rest.
     """
-    arguments = (
-        lhs_dilation,
-        rhs_dilation,
-        dimension_numbers,
-        feature_group_count,
-        batch_group_count,
-    )
-    if is_ordinary(lhs, rhs, *arguments, *options.values()) and lhs.dtype == jnp.float32:
-        strides = (window_strides[0], window_strides[1])
-        if isinstance(padding, str):
-            padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
-        rows, columns = (
-            (size + low + high - window) // stride + 1
-            for size, (low, high), window, stride in zip(
-                lhs.shape[1:3], padding, rhs.shape[:2], strides, strict=True
-            )
+
+    def conv_general_dilated(
+        lhs: Array,
+        rhs: Array,
+        window_strides: Sequence[int],
+        padding: str | Sequence[tuple[int, int]],
+        lhs_dilation: Sequence[int] | None = None,
+        rhs_dilation: Sequence[int] | None = None,
+        dimension_numbers: Any = None,
+        feature_group_count: int = 1,
+        batch_group_count: int = 1,
+        **options: Any,
+    ) -> Array:
+        arguments = (
+            lhs_dilation,
+            rhs_dilation,
+            dimension_numbers,
+            feature_group_count,
+            batch_group_count,
         )
-        ordinary = min(rows, columns) > 0 and min(*padding[0], *padding[1]) >= 0
-        if ordinary and strides == (1, 1) and _suits_winograd(rhs):
-            # Results come in tiles of 2x2; of an odd number of lines one too many is computed.
-            (top, bottom), (left, right) = padding
-            images = _pad(lhs, ((top, bottom + rows % 2), (left, right + columns % 2)))
-            return winograd.convolve(images, rhs)[:, :rows, :columns]
-        if ordinary and 4 * lhs.shape[0] * rows * columns * rhs[..., 0].size <= _PATCHES_BYTES:
-            return patches.convolve(_pad(lhs, padding), rhs, strides)
-    return lax.conv_general_dilated(lhs, rhs, window_strides, padding, *arguments, **options)
+        if _is_ordinary(lhs, rhs, *arguments, *options.values()):
+            strides = (window_strides[0], window_strides[1])
+            pads = padding
+            if isinstance(pads, str):
+                pads = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, pads)
+            result = algorithm(lhs, rhs, strides, pads)
+            if result is not None:
+                return result
+        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, *arguments, **options)
+
+    return conv_general_dilated
 
 
-def is_ordinary(
+def _is_ordinary(
     lhs: Array,
     rhs: Array,
     lhs_dilation: Sequence[int] | None,
@@ -93,3 +92,35 @@ def _suits_winograd(kernel: Array) -> bool:
 
 def _pad(images: Array, padding: Sequence[tuple[int, int]]) -> Array:
     return jnp.pad(images, ((0, 0), *padding, (0, 0)))
+
+
+def _as_products(
+    images: Array, kernel: Array, strides: tuple[int, int], padding: Sequence[tuple[int, int]]
+) -> Array | None:
+    """Convolves float32 by `winograd` or `patches`; see `drop_in`."""
+    rows, columns = (
+        (size + low + high - window) // stride + 1
+        for size, (low, high), window, stride in zip(
+            images.shape[1:3], padding, kernel.shape[:2], strides, strict=True
+        )
+    )
+    has_size = min(rows, columns) > 0 and min(*padding[0], *padding[1]) >= 0
+    if images.dtype != jnp.float32 or not has_size:
+        return None
+    if strides == (1, 1) and _suits_winograd(kernel):
+        # Results come in tiles of 2x2; of an odd number of lines one too many is computed.
+        (top, bottom), (left, right) = padding
+        padded = _pad(images, ((top, bottom + rows % 2), (left, right + columns % 2)))
+        return winograd.convolve(padded, kernel)[:, :rows, :columns]
+    if 4 * images.shape[0] * rows * columns * kernel[..., 0].size > _PATCHES_BYTES:
+        return None
+    return patches.convolve(_pad(images, padding), kernel, strides)
+
+
+conv_general_dilated = drop_in(_as_products)
+"""As `jax.lax.conv_general_dilated`, and by it, for all that the algorithms here do not cover.
+
+They cover float32 images in NHWC order without dilation or groups: 3x3 kernels of stride 1 by
+`winograd`, others by `patches` unless these would take too much memory. They can be differentiated
+in reverse mode only.
+"""
