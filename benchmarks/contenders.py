@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 Timed = Callable[[], float]  # does it once, and returns the seconds it took
+Build = Callable[[str, int], Timed]  # "train" or "infer", for a batch size
 
 CHANNELS = (64, 192, 384, 256, 256)
 POOLS = (True, True, False, False, True)
@@ -35,26 +36,38 @@ def timed(function: Callable[[], Any], wait: Callable[[Any], Any]) -> Timed:
     return once
 
 
-def ours(dtype: str = "float32", cpu_kernels: str = "auto") -> Callable[[str, int], Timed]:
+def ours(dtype: str = "float32", cpu_kernels: str = "auto") -> Build:
     """Returns a function that builds "train" or "infer" for a batch size."""
-    import jax
     import optax
 
-    from alexnet_jax import ops, runtime, state, steps
+    from alexnet_jax.config import default_config
+
+    config = default_config("alexnet")
+    config.cpu_kernels = cpu_kernels
+    config.model.features, config.model.pools, config.model.hidden = CHANNELS, POOLS, HIDDEN
+    config.model.dtype = dtype
+    return _ours(config, optax.adam(1e-4))
+
+
+def default_config_alone() -> Build:
+    """As `ours`, of the network and optimizer of configs/cifar10.py, without its augmentation."""
+    from alexnet_jax import optimizers
+    from configs import cifar10
+
+    config = cifar10.get_config()
+    schedule = optimizers.create_schedule(config.optimizer, 390, config.train.epochs)
+    return _ours(config, optimizers.create_optimizer(config.optimizer, schedule))
+
+
+def _ours(config: Any, optimizer: Any) -> Build:
+    import jax
+
+    from alexnet_jax import models, ops, runtime, state, steps
     from alexnet_jax.data.augment import create_normalize
-    from alexnet_jax.models.alexnet import AlexNet
 
     runtime.keep_freed_memory()
-    chosen = ops.choose(cpu_kernels, jax.default_backend(), dtype)
-    model = AlexNet(
-        num_classes=CLASSES,
-        features=CHANNELS,
-        pools=POOLS,
-        hidden=HIDDEN,
-        dtype=dtype,
-        ops=chosen,
-    )
-    optimizer = optax.adam(1e-4)
+    chosen = ops.choose(config.cpu_kernels, jax.default_backend(), config.model.dtype)
+    model = models.create_model(config.model, CLASSES, ops=chosen)
     normalize = create_normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     create = functools.partial(state.create_state, model, optimizer, (32, 32, 3), 0)
     holder = {"state": jax.jit(create)()}
@@ -82,12 +95,8 @@ def ours(dtype: str = "float32", cpu_kernels: str = "auto") -> Callable[[str, in
                 return holder["state"], metrics
 
             return timed(train, jax.block_until_ready)
-        predict = jax.jit(
-            lambda variables, image: model.apply(variables, normalize(image), train=False)
-        )
-        return timed(
-            lambda: predict(holder["state"].variables, batch["image"]), jax.block_until_ready
-        )
+        predict = jax.jit(functools.partial(steps.predict_step, model=model, normalize=normalize))
+        return timed(lambda: predict(holder["state"], batch["image"]), jax.block_until_ready)
 
     return build
 
@@ -98,7 +107,7 @@ def pytorch(
     channels_last: bool = False,
     fused: bool = False,
     compiled: bool = False,
-) -> Callable[[str, int], Timed]:
+) -> Build:
     """Returns a function that builds "train" or "infer" for a batch size."""
     import torch
     from torch import nn
@@ -150,7 +159,7 @@ def pytorch(
     return build
 
 
-CONTENDERS: dict[str, Callable[[], Callable[[str, int], Timed]]] = {
+CONTENDERS: dict[str, Callable[[], Build]] = {
     "alexnet_jax float32": ours,
     "alexnet_jax float32, cpu_kernels=off": functools.partial(ours, cpu_kernels="off"),
     "alexnet_jax bfloat16": functools.partial(ours, dtype="bfloat16"),
@@ -166,6 +175,9 @@ CONTENDERS: dict[str, Callable[[], Callable[[str, int], Timed]]] = {
     ),
 }
 
+# Of another network than the contenders', to compare whole epochs with.
+DEFAULT_CONFIG = "configs/cifar10.py"
+
 
 def serve(connection: Any, name: str) -> None:
     """Builds and times in this process what the other end of the connection asks for.
@@ -174,9 +186,9 @@ def serve(connection: Any, name: str) -> None:
     a sentence where it cannot be had.
     """
     try:
-        build = CONTENDERS[name]()
+        build = (CONTENDERS | {DEFAULT_CONFIG: default_config_alone})[name]()
     except Exception as error:
-        build, broken = None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        build, broken = None, _first_line(error)
     ready: dict[tuple[str, int], Timed] = {}
     while request := connection.recv():
         what, size, seconds = request
@@ -193,5 +205,8 @@ def serve(connection: Any, name: str) -> None:
                 taken.append(ready[what, size]())
             connection.send(taken)
         except Exception as error:
-            lines = str(error).splitlines() or [""]
-            connection.send(f"{type(error).__name__}: {lines[0][:150]}")
+            connection.send(_first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"

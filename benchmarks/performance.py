@@ -29,9 +29,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.contenders import CONTENDERS, serve  # noqa: E402  (the path comes first)
+from benchmarks.contenders import CONTENDERS, DEFAULT_CONFIG, serve  # noqa: E402  (the path comes first)
 
 MAIN = [sys.executable, "-m", "alexnet_jax.main"]
+STEPS_ALONE_SECONDS = 20.0
 FLOPS_FORWARD = 400.3e6  # of the reference network, an image; a training step has three times that
 
 
@@ -147,61 +148,33 @@ def inference(options: argparse.Namespace) -> dict[str, Any]:
 def epoch(options: argparse.Namespace) -> dict[str, Any]:
     """An epoch of the default network through the main program, beside its steps alone.
 
-    Two runs differ by two epochs; what they take longer is what an epoch costs, with its data,
-    augmentation, metrics, log and saving, and without start-up or evaluation.
+    Two runs differ by an epoch; what the second takes longer is what an epoch costs, with its data,
+    augmentation, metrics, log and saving, and without start-up or evaluation. The steps alone are
+    of one batch that is there, and of the same process before and after.
     """
-    size, steps = 128, 40
+    size, steps = 128, options.epoch_steps
     command = [*_data(options, size * steps), "--config.data.validation_fraction=0.0"]
     # The program is compiled, and the split decoded, before anything is timed.
     _run([*command, "--config.train.epochs=1"])
+    contender = Contender(DEFAULT_CONFIG)
+
+    def alone() -> float:
+        seconds = contender.time("train", size, STEPS_ALONE_SECONDS)
+        if isinstance(seconds, str):
+            raise SystemExit(seconds)
+        return statistics.median(seconds)
+
     rounds = []
     for _ in range(options.rounds):
-        alone = _steps_alone(options, steps)
+        before = alone()
         short, long = (
-            _run([*command, f"--config.train.epochs={n}"])["train_seconds"] for n in (1, 3)
+            _run([*command, f"--config.train.epochs={n}"])["train_seconds"] for n in (1, 2)
         )
-        alone = (alone + _steps_alone(options, steps)) / 2
-        rounds.append((long - short) / 2 / alone)
+        rounds.append((long - short) / (steps * (before + alone()) / 2))
         print(f"an epoch takes {rounds[-1]:.3f} times as long as its {steps} steps alone")
+    contender.close()
     print(f"median: {statistics.median(rounds):.3f}")
-    return {"epoch_over_steps": rounds, "median": statistics.median(rounds)}
-
-
-def _steps_alone(options: argparse.Namespace, steps: int) -> float:
-    """Seconds of so many steps of the default config on one batch that lies there."""
-    code = """
-import functools, sys, time, jax, numpy as np
-from alexnet_jax import models, ops, optimizers, runtime, state, steps
-from alexnet_jax.data import augment
-sys.path.insert(0, "configs")
-import cifar10
-runtime.prepare()
-config = cifar10.get_config()
-chosen = ops.choose("auto", jax.default_backend(), config.model.dtype)
-model = models.create_model(config.model, 10, ops=chosen)
-schedule = optimizers.create_schedule(config.optimizer, 40, 20)
-optimizer = optimizers.create_optimizer(config.optimizer, schedule)
-step = jax.jit(functools.partial(steps.train_step, model=model, optimizer=optimizer,
-    normalize=augment.create_normalize((0.5,) * 3, (0.25,) * 3),
-    augment=lambda key, images: images), donate_argnums=0)
-run = jax.jit(lambda: state.create_state(model, optimizer, (32, 32, 3), 0))()
-size = config.train.batch_size
-batch = {"image": jax.numpy.ones((size, 32, 32, 3), "uint8"),
-    "label": jax.numpy.zeros(size, "int32"), "mask": jax.numpy.ones(size, bool)}
-for count in (2, int(sys.argv[1])):
-    started = time.perf_counter()
-    for _ in range(count):
-        run, metrics = step(run, batch)
-        jax.block_until_ready(run)
-    seconds = time.perf_counter() - started
-print(seconds)
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(steps)], cwd=ROOT, capture_output=True, text=True
-    )
-    if result.returncode:
-        raise SystemExit(result.stderr)
-    return float(result.stdout)
+    return {"steps": steps, "epoch_over_steps": rounds, "median": statistics.median(rounds)}
 
 
 def startup(options: argparse.Namespace) -> dict[str, Any]:
@@ -388,6 +361,7 @@ def run() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each turn")
+    parser.add_argument("--epoch_steps", type=int, default=390, help="50,000 images make 390")
     parser.add_argument("--memory_seconds", type=int, default=120)
     parser.add_argument("--name", default="cifar10", help="the prepared data set")
     parser.add_argument("--data_dir", default="", help="where it lies, if not in TFDS's folder")
