@@ -1,1 +1,37 @@
-"""AlexNet in Flax linen, trained with Optax on TFDS data."""
+"""AlexNet in Flax linen, trained with Optax on TFDS data.
+
+`load` opens the network of a finished or running training run:
+
+    network = alexnet_jax.load("runs/digits")
+    print(network.predict("three.png").top(3))
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from alexnet_jax.inference import Network
+
+__all__ = ["load"]
+
+
+def load(
+    run: str | os.PathLike[str], *, checkpoint: str | int = "newest", averaged: bool = True
+) -> "Network":
+    """Opens the network of a run, from its folder alone; the data set is not needed.
+
+    Args:
+        run: The run folder.
+        checkpoint: "newest" (which ``results.json`` of a finished run is about), "best" by the
+            accuracy on the validation images, or the step of a checkpoint.
+        averaged: Whether to use the weights averaged over the steps, where the run keeps them.
+
+    Returns:
+        The network; `alexnet_jax.inference.Network` says what it can do.
+
+    Raises:
+        InputError: The folder holds no such network, or a damaged one.
+    """
+    from alexnet_jax import inference  # imports JAX, which takes seconds
+
+    return inference.load(run, checkpoint=checkpoint, averaged=averaged)

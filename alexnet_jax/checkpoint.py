@@ -53,7 +53,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path) -> None:
         """Opens the folder, creating it if need be, and removes what a kill left half-written."""
-        _quieten_orbax()
+        quieten_orbax()
         keep = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(NEWEST_KEPT),
@@ -157,7 +157,7 @@ class Checkpoints:
             self._mark(step)
 
     def _failed(self, step: int, error: Exception) -> None:
-        self._failure = step, _reason(error)
+        self._failure = step, reason(error)
         log.warning(
             "Checkpoint %d could not be saved (%s); the run goes on and tries again at its next "
             "save.",
@@ -211,7 +211,7 @@ class Checkpoints:
                 raise
             except Exception as error:  # whatever damage makes Orbax and TensorStore raise
                 log.warning(
-                    "checkpoint %d is damaged (%s); trying the one before.", step, _reason(error)
+                    "checkpoint %d is damaged (%s); trying the one before.", step, reason(error)
                 )
                 continue
             for damaged in steps[: steps.index(step)]:  # else their steps could not be saved again
@@ -240,20 +240,12 @@ class Checkpoints:
         content = self._manager.restore(
             step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
         ).progress
-        if content.keys() & {"progress", "arrays", "checksum"}:
-            content = checksums.unsealed(content)
-            if not (self.directory / str(step) / "commit_success.txt").exists():
-                raise ValueError("its commit marker is missing")
-            saved = content["arrays"]
-            self._check_structure(step, wanted, {k: v["type"] for k, v in saved.items()})
+        progress, saved = unseal(content, self.directory / str(step))
+        if saved is None:
+            have = self._types_by_orbax(step)
         else:
-            log.warning(
-                "checkpoint %d is of an earlier version and has no checksums; a damaged array "
-                "would not be noticed.",
-                step,
-            )
-            content, saved = {"progress": content}, None
-            self._check_structure(step, wanted, self._types_by_orbax(step))
+            have = {path: fingerprint["type"] for path, fingerprint in saved.items()}
+        self._check_structure(step, wanted, have)
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -262,18 +254,12 @@ class Checkpoints:
             ),
         )
         if saved is not None:
-            read = checksums.fingerprints({"params": found.params, "rest": found.rest})
-            for path, fingerprint in read.items():
-                if fingerprint != saved[path]:
-                    raise ValueError(
-                        f"{path} was saved with the checksum {saved[path]['crc32']} and has "
-                        f"{fingerprint['crc32']}"
-                    )
+            checksums.check({"params": found.params, "rest": found.rest}, saved)
         if int(found.rest["step"]) != step:
             raise ValueError(f"it holds step {int(found.rest['step'])}")
         fields = dict(found.rest)
         fields["key"] = jax.random.wrap_key_data(fields["key"])
-        return template.replace(params=found.params, **fields), content["progress"]
+        return template.replace(params=found.params, **fields), progress
 
     def _types_by_orbax(self, step: int) -> dict[str, str]:
         """Returns what Orbax notes of each array, which nothing protects from damage."""
@@ -349,6 +335,35 @@ class Checkpoints:
         return max(scored, key=lambda s: (scored[s], s)) if scored else None
 
 
+def unseal(
+    content: dict[str, Any], folder: Path
+) -> tuple[dict[str, Any], dict[str, dict[str, str]] | None]:
+    """Takes apart what a checkpoint holds as `progress`.
+
+    Args:
+        content: That JSON.
+        folder: The checkpoint's.
+
+    Returns:
+        What was given to `save`, and the fingerprints of the arrays; None where an earlier version
+        wrote it.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    if not content.keys() & {"progress", "arrays", "checksum"}:
+        log.warning(
+            "checkpoint %s is of an earlier version and has no checksums; a damaged array "
+            "would not be noticed.",
+            folder.name,
+        )
+        return content, None
+    content = checksums.unsealed(content)
+    if not (folder / "commit_success.txt").exists():
+        raise ValueError("its commit marker is missing")
+    return content["progress"], content["arrays"]
+
+
 def _rest(state: TrainState) -> dict[str, Any]:
     """All fields but the parameters, with the key as numbers that any format can hold."""
     return {
@@ -360,7 +375,7 @@ def _rest(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Says in a few words what went wrong; TensorStore adds its whole specification."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -370,7 +385,7 @@ def _reason(error: Exception) -> str:
 
 
 @functools.cache
-def _quieten_orbax() -> None:
+def quieten_orbax() -> None:
     """Keeps Orbax from the terminal; what it has to tell is raised, too, and said in one line.
 
     It tells of each file at INFO, about 70 lines a save, and warns of saves that, rightly, have no

@@ -50,6 +50,20 @@ def fingerprints(tree: Any) -> dict[str, dict[str, str]]:
     }
 
 
+def check(tree: Any, saved: dict[str, dict[str, str]]) -> None:
+    """Refuses arrays that are not those whose `fingerprints` were saved.
+
+    Raises:
+        ValueError: Names the first that differs.
+    """
+    for path, fingerprint in fingerprints(tree).items():
+        if fingerprint != saved[path]:
+            raise ValueError(
+                f"{path} was saved with the checksum {saved[path]['crc32']} and has "
+                f"{fingerprint['crc32']}"
+            )
+
+
 def _seal(content: dict[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 

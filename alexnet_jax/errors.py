@@ -11,9 +11,8 @@ class InputError(ValueError):
     """
 
     def __str__(self) -> str:
-        # It quotes names and values of any origin, which may hold what moves a terminal's cursor.
-        text = super().__str__()
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        # It quotes names and values of any origin.
+        return printable(super().__str__())
 
 
 class Diverged(ArithmeticError):
@@ -34,6 +33,11 @@ class Interrupted(Exception):
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped and saved at step {step:,}")
         self.step = step
+
+
+def printable(text: str) -> str:
+    """Escapes what would move a terminal's cursor, or change its colours."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def show(value: Any) -> str:

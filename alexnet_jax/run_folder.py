@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -18,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from alexnet_jax.config import FREE_KEYS, flatten
+from alexnet_jax.config import FREE_KEYS, default_config, flatten, validate
 from alexnet_jax.errors import InputError, SaveFailed
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ CONFIG = "config.json"
 DATASET = "dataset.json"
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
+CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 
 # What flock answers where a file system has no locks, as some that come over a network.
@@ -201,6 +203,64 @@ def check_shared(folder: Path) -> None:
 def _options(config: ConfigDict) -> dict[str, Any]:
     # Through JSON, so that what is read from a file can be compared: it has lists for tuples.
     return json.loads(json.dumps(dict(flatten(config))))
+
+
+def read_config(folder: Path) -> ConfigDict:
+    """Reads the config of a run. An option that is newer than the run has its default.
+
+    Raises:
+        InputError: The folder holds no run, or its config cannot be used here.
+    """
+    options = read_json(folder / CONFIG)
+    if options is None:
+        raise InputError(
+            f"{folder} is no run folder, as it holds no {CONFIG}; name one that a training run "
+            "has made, such as runs/digits."
+        )
+    try:
+        config = default_config(options.get("model.name"))
+        known = dict(flatten(config))
+        for key in options.keys() - known.keys():
+            raise InputError(f"config.{key} is no option of this version")
+        for key, value in options.items():
+            section, _, name = key.rpartition(".")
+            # JSON has lists for tuples; ConfigDict refuses any other change of type.
+            given = tuple(value) if isinstance(value, list) else value
+            (config[section] if section else config)[name] = given
+        validate(config)
+    except (InputError, TypeError) as error:
+        text = str(error).rstrip(".")
+        raise InputError(
+            f"{folder / CONFIG} cannot be used here ({text}); use the code that wrote it."
+        ) from None
+    return config
+
+
+def read_dataset(folder: Path) -> dict[str, Any]:
+    """Reads what a run was trained on, as `alexnet_jax.data.resident.RunData` describes `info`.
+
+    Raises:
+        InputError: The run has not begun, or the file is damaged.
+    """
+    path = folder / DATASET
+    info = read_json(path)
+    if info is None:
+        raise InputError(f"{path} is missing; the run has not begun, or lost it: put back a copy.")
+    try:
+        names, shape = info["class_names"], info["image_shape"]
+        numbers = [*info["mean"], *info["deviation"]]
+        well = all(isinstance(name, str) for name in names) and len(set(names)) == len(names) >= 2
+        well &= len(shape) == 3 and shape[0] == shape[1] > 0 and shape[2] == 3
+        well &= len(info["mean"]) == len(info["deviation"]) == shape[2]
+        well &= all(math.isfinite(number) for number in numbers) and min(info["deviation"]) > 0
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error!r}); put back a copy.") from None
+    if not well:
+        raise InputError(
+            f"{path} is damaged: names of classes, shape or colours are not those of a data set; "
+            "put back a copy."
+        )
+    return info
 
 
 def check_dataset(folder: Path, info: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import importlib.metadata
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from alexnet_jax.config import validate
 from alexnet_jax.data import augment, batches, streamed
 from alexnet_jax.data.resident import RunData, load_data
 from alexnet_jax.errors import Diverged, Interrupted, SaveFailed
+from alexnet_jax.evaluation import evaluate, versions
 from alexnet_jax.interrupts import stop_requests
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
 from alexnet_jax.models import create_model, describe
@@ -111,7 +112,9 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     log.info("%s", describe(model, tuple(data.info["image_shape"])))
 
     with ExitStack() as closing_all:
-        checkpoints = closing_all.enter_context(closing(Checkpoints(folder / "checkpoints")))
+        checkpoints = closing_all.enter_context(
+            closing(Checkpoints(folder / run_folder.CHECKPOINTS))
+        )
         closing_all.enter_context(processes.nobody_left_waiting())  # not even by closing
         with processes.together():
             state, progress = _restore_or_create(checkpoints, programs, mesh)
@@ -300,7 +303,7 @@ def _validate(
     if not data.validation:
         return None
     step = int(state.step)
-    results = evaluate(programs.measure, _versions(state, "validation"), data.validation)
+    results = evaluate(programs.measure, versions(state, "validation"), data.validation)
     for split, result in results.items():
         figures = {name: float(result[name]) for name in ("loss", "accuracy")}
         writer.measured(step, split, figures)
@@ -336,43 +339,12 @@ def _measure_at_the_end(
     }
     log.info("Reading the test set, for the first and only time.")
     for split, batched in (("validation", data.validation), ("test", data.read_test())):
-        for name, result in evaluate(programs.measure, _versions(state, split), batched).items():
+        for name, result in evaluate(programs.measure, versions(state, split), batched).items():
             figures = {key: float(result[key]) for key in ("loss", "accuracy")}
             results[name] = figures | {"confusion": np.asarray(result["confusion"]).tolist()}
             if split == "test":  # the validation's stand there already
                 writer.measured(results["step"], name, figures)
     return results
-
-
-def evaluate(
-    measure: Callable[[TrainState, batches.Batch], EvalMetrics],
-    states: dict[str, TrainState],
-    batched: Iterable[batches.Batch],
-) -> dict[str, dict[str, Any]]:
-    """Measures networks on every image, which is read once for all of them.
-
-    Args:
-        measure: `steps.eval_step`, compiled, with all but state and batch given.
-        states: By name; their `variables` are measured.
-        batched: Batches with masks.
-
-    Returns:
-        By the same names: mean `loss` and `accuracy` over the images, and `confusion`
-        int32[classes, classes]. Nothing if there are no batches.
-    """
-    totals: dict[str, EvalMetrics] = {}
-    for batch in batched:
-        before = dict(totals)
-        for name, state in states.items():
-            metrics = measure(state, batch)
-            totals[name] = before[name].merge(metrics) if before else metrics
-        jax.block_until_ready(before)  # else batches that are read fast pile up on the device
-    return {name: total.compute() for name, total in jax.device_get(totals).items()}
-
-
-def _versions(state: TrainState, split: str) -> dict[str, TrainState]:
-    """Returns what is to be measured on a split: the weights, and their average if it is kept."""
-    return {split: state} | ({f"{split}_ema": state.averaged()} if state.ema else {})
 
 
 def _tell_results(results: dict[str, Any], folder: Path) -> None:

@@ -1,7 +1,10 @@
 """Encoded images in, RGB uint8 out: the one place where Pillow decodes, and what it may accept."""
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -58,10 +61,85 @@ def decode(data: bytes, size: int) -> np.ndarray:
         Exception: The image is too large or cannot be decoded; Pillow raises nearly every kind.
     """
     with _open(data) as image:
-        rgb = to_rgb(_upright(image))
-        if rgb.size != (size, size):
-            rgb = ImageOps.fit(rgb, (size, size))
-        return np.asarray(rgb)
+        return to_square(image, size)
+
+
+def to_square(image: Image.Image, size: int) -> np.ndarray:
+    """Brings an image into the form that networks take.
+
+    Args:
+        image: Of any mode and size.
+        size: Side of the result. A larger or smaller image is scaled by its short side, then
+            cropped to its centre.
+
+    Returns:
+        uint8[size, size, 3], RGB, upright according to its EXIF orientation.
+
+    Raises:
+        ValueError: As `to_rgb`.
+    """
+    rgb = to_rgb(_upright(image))
+    if rgb.size != (size, size):
+        rgb = ImageOps.fit(rgb, (size, size))
+    return np.asarray(rgb)
+
+
+def from_pixels(pixels: np.ndarray) -> Image.Image:
+    """Makes a Pillow image of an array.
+
+    Args:
+        pixels: uint8 or uint16, [H, W] or [H, W, 1] (grey), [H, W, 3] (RGB) or [H, W, 4] (RGB and
+            opacity). Of 16 bits the upper 8 are kept, rounded.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"its dtype is {pixels.dtype}; it must be uint8 or uint16")
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if (
+        not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)))
+        or not pixels.size
+    ):
+        raise ValueError(
+            f"its shape is {list(pixels.shape)}; it must be [H, W], [H, W, 1], [H, W, 3] or "
+            "[H, W, 4], with at least one pixel"
+        )
+    return Image.fromarray(_to_8_bits(pixels) if pixels.dtype == np.uint16 else pixels)
+
+
+def read_square(path: Path, size: int) -> np.ndarray:
+    """Reads an image file of any origin as training would have read it from a prepared set.
+
+    Args:
+        path: The file; its content tells the format, not its name.
+        size: As for `to_square`.
+
+    Returns:
+        uint8[size, size, 3], RGB, upright.
+
+    Raises:
+        InputError: It cannot be read or decoded, or is too large.
+    """
+    try:
+        if not path.is_file():  # A device, say, might never end.
+            raise InputError(f"The image {path} is not there, or is no file; name an image file.")
+        length = path.stat().st_size
+        if length > MAX_FILE_BYTES:
+            raise InputError(
+                f"The image {path} has {length} bytes, more than the {MAX_FILE_BYTES} allowed; "
+                "scale it down, or remove it."
+            )
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise InputError(
+            f"The image {path} cannot be read ({getattr(error, 'strerror', None) or error}); "
+            "name a file that can."
+        ) from None
+    with _refusing(str(path)):
+        _verify(data)
+        return decode(data, size)
 
 
 def count_values(images: np.ndarray) -> np.ndarray:
@@ -92,19 +170,29 @@ def normalize_encoded(data: bytes, name: str) -> bytes:
     Raises:
         InputError: The image is too large or cannot be decoded.
     """
-    try:
-        with warnings.catch_warnings():
-            # Our own limit follows, with the image's name.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with _open(data) as image:
-                if image.format == "PNG":
-                    image.verify()  # Decoding skips the checksums of the pixels.
-            image = _open(data)
-        with image:
+    with _refusing(name):
+        _verify(data)
+        with _open(data) as image:
             image.load()
             if _is_plain(image):
                 return data
             return _to_png(to_rgb(_upright(image)))
+
+
+def _verify(data: bytes) -> None:
+    with _open(data) as image:
+        if image.format == "PNG":
+            image.verify()  # Decoding skips the checksums of the pixels.
+
+
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Turns what a bad image makes Pillow raise into an InputError with the image's name."""
+    try:
+        with warnings.catch_warnings():
+            # Our own limit follows, with the image's name.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
     except Image.DecompressionBombError as error:
         raise InputError(
             f"The image {name} has more than {MAX_PIXELS // 10**6} megapixels; "
@@ -133,10 +221,14 @@ def _grey_from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("its pixels have more than 16 bits; save it with 8 or 16 bits a channel")
-    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    grey = _to_8_bits(values)
     if "transparency" in image.info:  # One value of grey, lost with the 16 bits.
         grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey)
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -160,6 +160,64 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     )
 
 
+class Split(NamedTuple):
+    """The images of one split, to measure on.
+
+    Attributes:
+        batches: Split over the devices; each iteration gives every image once.
+        size: How many images.
+        class_names: By label.
+        part: "train" or "test", by the files of which of the run's splits it is; "" for others.
+        checksum: Returns that of these files.
+    """
+
+    batches: list[batches.Batch] | StreamedBatches
+    size: int
+    class_names: tuple[str, ...]
+    part: str
+    checksum: Callable[[], str]
+
+
+def load_split(config: ConfigDict, mesh: Mesh, split: str) -> Split:
+    """Opens the images of one split in the batches that a run measures on.
+
+    Args:
+        config: The whole config, as for `load_data`.
+        mesh: The devices.
+        split: "train", "validation" or "test", as a run has them; anything else is a TFDS split.
+
+    Raises:
+        InputError: The data cannot be had, or the run holds out no validation images.
+    """
+    fraction = config.data.validation_fraction
+    if split == "validation" and not fraction:
+        raise InputError(
+            "config.data.validation_fraction is 0, so that the run has no validation images; "
+            "choose another split."
+        )
+    own = {"train": config.data.train_split, "validation": config.data.train_split}
+    own["test"] = config.data.test_split
+    name = own.get(split, split)
+    source = load_source(config.data, name)
+    indices = None
+    if split in ("train", "validation") and fraction:
+        if _is_resident(config.data, len(source), mesh):
+            labels = cache.decoded(source)[1]
+        else:
+            labels = _labels(source, fraction)
+        indices = batches.stratified_split(labels, fraction)[split == "validation"]
+    parts = {config.data.test_split: "test", config.data.train_split: "train"}
+    whole = name if name in parts else name.partition("[")[0]
+    files = source if whole == name or whole not in parts else load_source(config.data, whole)
+    return Split(
+        batches=_measure_on(config.data, config.train.eval_batch_size, mesh, source, indices),
+        size=len(source) if indices is None else len(indices),
+        class_names=source.class_names,
+        part=parts.get(whole, ""),
+        checksum=files.checksum,
+    )
+
+
 def resident_limit(mesh: Mesh) -> int:
     """Returns how many bytes of images may lie on each device, by the memory there is."""
     host = min(_host_memory()) // MEMORY_SHARE
@@ -230,7 +288,12 @@ def _measure_on(
     if not _is_resident(config, size, mesh):
         chosen = np.arange(size) if indices is None else indices
         return StreamedBatches(source, chosen, shared_size(batch_size, size, mesh), mesh, config)
-    images, labels = cache.decoded(source) if indices is None else source.read(indices)
+    if _is_resident(config, len(source), mesh):  # then a run has kept them all decoded
+        images, labels = cache.decoded(source)
+        if indices is not None:
+            images, labels = images[indices], labels[indices]
+    else:
+        images, labels = source.read(np.arange(size) if indices is None else indices)
     return place_batches(images, labels, batch_size, mesh)
 
 

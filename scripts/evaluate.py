@@ -1,0 +1,159 @@
+"""Measures the network of a run on a split: ``python scripts/evaluate.py runs/digits``.
+
+Run `python scripts/evaluate.py --help` for what it takes.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alexnet_jax.errors import InputError
+from alexnet_jax.run_folder import write_json
+
+if TYPE_CHECKING:
+    from alexnet_jax.evaluation import Evaluation
+    from alexnet_jax.inference import Network
+
+_EPILOG = """\
+SPLIT is test, validation (what the run held out of train) or train, as the run has them; anything
+else is a split in the language of TFDS, such as "test[:50%]".
+
+examples:
+  python scripts/evaluate.py runs/digits
+  python scripts/evaluate.py runs/digits --checkpoint=best --split=validation --json=best.json
+  python scripts/evaluate.py runs/cifar10 --data.name=cifar10_jpeg --json=- | jq .results
+
+Exit codes: 0 measured, 2 bad input, 130 after Ctrl-C.
+"""
+_MOST_CLASSES = 20  # Of a confusion matrix that a terminal has room for.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+        arguments: The command line after the program's name; None takes the process's own.
+
+    Returns:
+        The exit code.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        _evaluate(options)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    import alexnet_jax
+    from alexnet_jax import runtime  # imports JAX, which --help does without
+    from alexnet_jax.evaluation import evaluate_network
+
+    runtime.prepare()
+    network = alexnet_jax.load(options.run, checkpoint=options.checkpoint)
+    data = network.config.data.copy_and_resolve_references()
+    for key in ("name", "data_dir"):
+        given = getattr(options, f"data.{key}")
+        if given is not None:
+            data[key] = given
+    evaluation = evaluate_network(network, options.split, data)
+    report = _report(network, evaluation)
+    if options.json == "-":
+        print(json.dumps(report, indent=2))
+        return
+    print(_describe(network, evaluation))
+    if options.json:
+        write_json(Path(options.json), report)
+        print(f"Written to {options.json}.")
+    else:
+        print(f"Next: python scripts/predict.py {options.run} IMAGE...")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Measures the network of a run: loss, accuracy, and class by class.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="the run folder")
+    parser.add_argument("--split", default="test", help="which images (default: test)")
+    parser.add_argument(
+        "--checkpoint",
+        default="newest",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        metavar="WHICH",
+        help="newest (default), best (on the validation images), or a step",
+    )
+    parser.add_argument(
+        "--data.name", metavar="NAME", help="another prepared data set, of the same classes"
+    )
+    parser.add_argument(
+        "--data.data_dir", metavar="DIR", help="where data sets lie (default: as the run had it)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures there; - prints them")
+    return parser
+
+
+def _report(network: "Network", evaluation: "Evaluation") -> dict[str, Any]:
+    """Returns what JSON is to hold; each result as ``results.json`` has it."""
+    results = {
+        name: {key: float(result[key]) for key in ("loss", "accuracy")}
+        | {"confusion": result["confusion"].tolist()}
+        for name, result in evaluation.results.items()
+    }
+    return {
+        "run": str(network.folder),
+        "checkpoint": network.step,
+        "data": evaluation.data,
+        "split": evaluation.split,
+        "images": evaluation.images,
+        "class_names": list(network.class_names),
+        "results": results,
+    }
+
+
+def _describe(network: "Network", evaluation: "Evaluation") -> str:
+    """Writes the figures for a person; class by class those of the averaged weights, if kept."""
+    from alexnet_jax.report import class_table
+
+    lines = [
+        f"{network.folder.name}, step {network.step:,}, on {evaluation.data} "
+        f"{evaluation.split}: {evaluation.images:,} images",
+        "",
+    ]
+    for name, result in evaluation.results.items():
+        weights = "averaged weights" if name.endswith("_ema") else "weights"
+        lines.append(
+            f"{weights:<16}  loss {result['loss']:.4f}  accuracy {100 * result['accuracy']:.2f}%"
+        )
+    *_, (name, judged) = evaluation.results.items()
+    of = ", of the averaged weights" if name.endswith("_ema") else ""
+    lines += ["", f"Class by class{of}:", class_table(judged["confusion"], network.class_names)]
+    if len(network.class_names) <= _MOST_CLASSES:
+        lines += ["", f"Confusion{of} (rows are true classes):"]
+        lines += _confusion_lines(judged["confusion"].tolist(), network.class_names)
+    return "\n".join([*lines, ""])
+
+
+def _confusion_lines(counts: list[list[int]], names: tuple[str, ...]) -> list[str]:
+    name_width = max(map(len, names))
+    columns = [name[:6] for name in names]
+    width = max(len(f"{n:,}") for n in [*map(max, counts)])
+    width = max(width, *map(len, columns))
+    lines = [" " * name_width + "".join(f"  {column:>{width}}" for column in columns)]
+    for name, row in zip(names, counts, strict=True):
+        cells = (f"{count:,}" if count else "." for count in row)
+        lines.append(f"{name:<{name_width}}" + "".join(f"  {cell:>{width}}" for cell in cells))
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
