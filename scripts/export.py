@@ -1,0 +1,114 @@
+"""Exports the network of a run: ``python scripts/export.py runs/digits --format=onnx``.
+
+Run `python scripts/export.py --help` for what it takes.
+"""
+
+import argparse
+import functools
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from alexnet_jax.errors import InputError
+
+_EPILOG = """\
+FORMAT is one of
+  stablehlo   network.stablehlo, for jax.export.deserialize (CPU, CUDA, ROCm, TPU)
+  onnx        network.onnx, for ONNX Runtime and others
+  savedmodel  saved_model/, for TensorFlow
+  tflite      network.tflite, for LiteRT
+
+Each takes uint8[batch, S, S, 3] and gives float32[batch, classes], probabilities. It is run in its
+own runtime and compared with the network before it stays. class_names.json and MODEL_CARD.md lie
+beside it. All but stablehlo need:
+  pip install --constraint constraints.txt --editable ".[export]"
+
+Exit codes: 0 exported, 2 bad input, or an artefact that does not agree, 130 after Ctrl-C.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+        arguments: The command line after the program's name; None takes the process's own.
+
+    Returns:
+        The exit code.
+    """
+    options = _parser().parse_args(arguments)
+    command = ["python", "scripts/export.py", *(sys.argv[1:] if arguments is None else arguments)]
+    try:
+        _export(options, shlex.join(command))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted; nothing half-made is left behind.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _export(options: argparse.Namespace, command: str) -> None:
+    import alexnet_jax
+    from alexnet_jax import export, runtime  # imports JAX, which --help does without
+    from alexnet_jax.model_card import model_card
+
+    kind = export.FORMATS.get(options.format)
+    if kind is None:
+        known = ", ".join(export.FORMATS)
+        raise InputError(f"--format={options.format} is unknown; choose one of {known}.")
+    runtime.prepare()
+    network = alexnet_jax.load(
+        options.run, checkpoint=options.checkpoint, averaged=not options.not_averaged
+    )
+    card = functools.partial(
+        model_card, network, artefact=kind.artefact, runtime=kind.runtime, command=command
+    )
+    exported = export.export(
+        network,
+        options.format,
+        options.output or Path(network.folder, "export", options.format),
+        card=lambda difference: card(difference=difference),
+        overwrite=options.overwrite,
+    )
+    weights = "averaged weights" if network.averaged else "weights"
+    print(
+        f"{exported.artefact}\n"
+        f"  the {weights} of step {network.step:,}; {kind.runtime} gives the network's "
+        f"probabilities to within {exported.difference:.1g}\n"
+        f"  beside it: class_names.json, MODEL_CARD.md\n"
+        "Next: docs/inference.md says how to run it without this library."
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Exports the network of a run for other runtimes, and compares them with it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="the run folder")
+    parser.add_argument("--format", required=True, help="stablehlo, onnx, savedmodel or tflite")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="a new folder (default: RUN/export/FORMAT)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument(
+        "--checkpoint",
+        default="newest",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        metavar="WHICH",
+        help="newest (default), best (on the validation images), or a step",
+    )
+    parser.add_argument(
+        "--not_averaged",
+        action="store_true",
+        help="the weights of the last step, also where the run keeps averaged ones",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
