@@ -8,7 +8,6 @@ compared with the network; one that disagrees does not stay.
 
 import importlib
 import io
-import json
 import logging
 import os
 import shutil

@@ -155,15 +155,16 @@ class Network:
         Raises:
             InputError: An image cannot be used.
         """
-        if isinstance(given, str | os.PathLike | Image.Image) or (
-            isinstance(given, np.ndarray) and given.ndim < 4
+        many: Any = given
+        if (
+            isinstance(given, str | os.PathLike)
+            or (isinstance(given, np.ndarray) and given.ndim < 4)
+            or not hasattr(given, "__iter__")
         ):
-            given = [given]
-        if not isinstance(given, Iterable):
-            given = [self.prepare(given)]  # which says what would be right
+            many = [given]
         found = [
             np.asarray(jax.nn.softmax(jnp.asarray(self.logits(np.stack(chunk)))))
-            for chunk in _chunks(map(self.prepare, given), LARGEST_BATCH)
+            for chunk in _chunks(map(self.prepare, many), LARGEST_BATCH)
         ]
         nothing = np.zeros((0, len(self.class_names)), np.float32)
         return Predictions(np.concatenate([nothing, *found]), self.class_names)

@@ -42,8 +42,8 @@ def model_card(
         "less well.",
         f"- Output `probabilities`: float32[batch, {len(network.class_names)}], in the order of "
         "`class_names.json`; each row adds up to 1.",
-        f"- Run by {runtime} it gave the network's probabilities to within {difference:.1g} (batches "
-        "of 1 and 7 made-up images, float32).",
+        f"- Run by {runtime} it gave the network's probabilities to within {difference:.1g} "
+        "(batches of 1 and 7 made-up images, float32).",
         "",
         "## Data",
         "",
@@ -88,7 +88,9 @@ def model_card(
 def _of_images(info: dict[str, Any]) -> str:
     counts = info.get("images", {})
     uses = {"train": "to train on", "validation": "to validate", "test": "to test"}
-    return ", ".join(f"{counts[split]:,} images {use}" for split, use in uses.items() if split in counts)
+    return ", ".join(
+        f"{counts[split]:,} images {use}" for split, use in uses.items() if split in counts
+    )
 
 
 def _parameters(network: Network) -> int:
@@ -116,12 +118,10 @@ def _accuracy(network: Network, results: dict[str, Any]) -> list[str]:
                     f"{found['loss']:.4f} nats"
                 )
         lines.append("- The test images were used once, at the end of the run.")
-    elif network.accuracy is not None and network.averaged == (
-        network.config.train.ema_decay > 0
-    ):
+    elif network.accuracy is not None and network.averaged == (network.config.train.ema_decay > 0):
         lines.append(
-            f"- validation: {100 * network.accuracy:.2f}% of {counts.get('validation', 0):,} images, "
-            "by which this checkpoint may have been chosen"
+            f"- validation: {100 * network.accuracy:.2f}% of {counts.get('validation', 0):,} "
+            "images, by which this checkpoint may have been chosen"
         )
     if results.get("step") != network.step:
         lines.append("- These weights have not been measured on the test images.")

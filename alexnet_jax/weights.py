@@ -1,7 +1,7 @@
 """The weights of a run, to use them: read alone, verified, and without a change to the run folder.
 
-`alexnet_jax.checkpoint` is for the run itself: it removes what a kill has left, and falls back. Here
-a run may be going on in the folder, or it may be a copy that cannot be written.
+`alexnet_jax.checkpoint` is for the run itself: it removes what a kill has left, and falls back.
+Here a run may be going on in the folder, or it may be a copy that cannot be written.
 """
 
 import json
@@ -116,7 +116,7 @@ def _steps(directory: Path) -> list[int]:
     """Returns the steps of all checkpoints that were saved whole, the newest first."""
     if not directory.is_dir():
         return []
-    return sorted((int(path.name) for path in directory.iterdir() if path.name.isdigit()))[::-1]
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())[::-1]
 
 
 def _accuracy(folder: Path) -> float | None:

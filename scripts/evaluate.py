@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alexnet_jax.errors import InputError
-from alexnet_jax.run_folder import write_json
+from alexnet_jax.network_options import add_run, open_network
 
 if TYPE_CHECKING:
     from alexnet_jax.evaluation import Evaluation
@@ -53,12 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    import alexnet_jax
-    from alexnet_jax import runtime  # imports JAX, which --help does without
-    from alexnet_jax.evaluation import evaluate_network
+    from alexnet_jax.evaluation import evaluate_network  # imports JAX, as --help does not
+    from alexnet_jax.run_folder import write_json
 
-    runtime.prepare()
-    network = alexnet_jax.load(options.run, checkpoint=options.checkpoint)
+    network = open_network(options)
     data = network.config.data.copy_and_resolve_references()
     for key in ("name", "data_dir"):
         given = getattr(options, f"data.{key}")
@@ -83,15 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", help="the run folder")
+    add_run(parser)
     parser.add_argument("--split", default="test", help="which images (default: test)")
-    parser.add_argument(
-        "--checkpoint",
-        default="newest",
-        type=lambda text: int(text) if text.isdecimal() else text,
-        metavar="WHICH",
-        help="newest (default), best (on the validation images), or a step",
-    )
     parser.add_argument(
         "--data.name", metavar="NAME", help="another prepared data set, of the same classes"
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alexnet_jax.errors import InputError
+from alexnet_jax.network_options import add_not_averaged, add_run, open_network
 
 _EPILOG = """\
 FORMAT is one of
@@ -51,18 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export(options: argparse.Namespace, command: str) -> None:
-    import alexnet_jax
-    from alexnet_jax import export, runtime  # imports JAX, which --help does without
+    from alexnet_jax import export  # imports JAX, which --help does without
     from alexnet_jax.model_card import model_card
 
     kind = export.FORMATS.get(options.format)
     if kind is None:
         known = ", ".join(export.FORMATS)
         raise InputError(f"--format={options.format} is unknown; choose one of {known}.")
-    runtime.prepare()
-    network = alexnet_jax.load(
-        options.run, checkpoint=options.checkpoint, averaged=not options.not_averaged
-    )
+    network = open_network(options)
     card = functools.partial(
         model_card, network, artefact=kind.artefact, runtime=kind.runtime, command=command
     )
@@ -89,24 +86,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", help="the run folder")
+    add_run(parser)
     parser.add_argument("--format", required=True, help="stablehlo, onnx, savedmodel or tflite")
     parser.add_argument(
         "--output", metavar="FOLDER", help="a new folder (default: RUN/export/FORMAT)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument(
-        "--checkpoint",
-        default="newest",
-        type=lambda text: int(text) if text.isdecimal() else text,
-        metavar="WHICH",
-        help="newest (default), best (on the validation images), or a step",
-    )
-    parser.add_argument(
-        "--not_averaged",
-        action="store_true",
-        help="the weights of the last step, also where the run keeps averaged ones",
-    )
+    add_not_averaged(parser)
     return parser
 
 

@@ -16,10 +16,11 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from alexnet_jax import parallel, steps, train, writers
+from alexnet_jax import inference, parallel, steps, train, writers
 from alexnet_jax.config import default_config, flatten
 from alexnet_jax.data.sources import Source, load_source
 from alexnet_jax.errors import Diverged, InputError, Interrupted
+from alexnet_jax.evaluation import evaluate_network
 from alexnet_jax.train import train_and_evaluate
 
 pytestmark = [
@@ -114,6 +115,31 @@ def test_a_run_learns_and_leaves_its_files(whole_run):
     assert steps == list(range(1, 31))
     assert [r["step"] for r in records(folder) if r["split"] == "validation"] == [10, 20, 30]
     assert [r["split"] for r in records(folder)][-2:] == ["test", "test_ema"]
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_measured_again_a_run_has_the_same_results(whole_run, split):
+    folder, results = whole_run
+    network = inference.load(folder)
+    found = evaluate_network(network, split)
+    assert found.images == {"test": 360, "validation": 142}[split]
+    assert found.results.keys() == {split, f"{split}_ema"}
+    for name, result in found.results.items():
+        assert float(result["loss"]) == results[name]["loss"]
+        assert float(result["accuracy"]) == results[name]["accuracy"]
+        assert result["confusion"].tolist() == results[name]["confusion"]
+
+
+def test_the_network_of_a_run_answers_as_it_was_measured(whole_run):
+    folder, results = whole_run
+    network = inference.load(folder)
+    images, labels = load_source(network.config.data, "test").read_all()
+    shares = network.predict(images).probabilities
+    confusion = np.zeros((10, 10), int)
+    np.add.at(confusion, (labels, shares.argmax(axis=1)), 1)
+    assert confusion.tolist() == results["test_ema"]["confusion"]
+    loss = -np.log(shares[np.arange(360), labels]).mean()
+    assert loss == pytest.approx(results["test_ema"]["loss"], rel=1e-4)
 
 
 def test_results_are_those_of_the_checkpoint(whole_run, config):

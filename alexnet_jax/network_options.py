@@ -1,0 +1,41 @@
+"""What the programs that use a trained network take alike: RUN, --checkpoint, --not_averaged."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from alexnet_jax.inference import Network
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Adds RUN and --checkpoint."""
+    parser.add_argument("run", metavar="RUN", help="the run folder")
+    parser.add_argument(
+        "--checkpoint",
+        default="newest",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        metavar="WHICH",
+        help="newest (default), best (on the validation images), or a step",
+    )
+
+
+def add_not_averaged(parser: argparse.ArgumentParser) -> None:
+    """Adds --not_averaged."""
+    parser.add_argument(
+        "--not_averaged",
+        action="store_true",
+        help="the weights of the last step, also where the run keeps averaged ones",
+    )
+
+
+def open_network(options: argparse.Namespace) -> "Network":
+    """Opens the network that the options name, with compiled programs kept for the next time.
+
+    Raises:
+        InputError: As `alexnet_jax.load`.
+    """
+    from alexnet_jax import inference, runtime  # import JAX, which --help does without
+
+    runtime.prepare()
+    averaged = not getattr(options, "not_averaged", False)
+    return inference.load(options.run, checkpoint=options.checkpoint, averaged=averaged)
