@@ -59,7 +59,7 @@ def make_run(folder, data_dir):
         def array(leaf):
             if len(leaf.shape) == 1:
                 return jnp.asarray(draw.uniform(0.5, 1, leaf.shape), jnp.float32)
-            scale = 2 / np.sqrt(np.prod(leaf.shape[:-1]))
+            scale = 1 / np.sqrt(np.prod(leaf.shape[:-1]))
             return jnp.asarray(scale * draw.standard_normal(leaf.shape), jnp.float32)
 
         found = jax.tree.map(array, shapes)

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -391,7 +392,7 @@ def test_parts_of_splits_and_streams_can_be_measured(network):
 
 def changed(network, **changes):
     """Returns the network as if its run had been on other data."""
-    return inference.dataclasses.replace(network, info=network.info | changes)
+    return dataclasses.replace(network, info=network.info | changes)
 
 
 def test_other_data_are_measured_only_where_they_fit(network):
@@ -447,7 +448,7 @@ def test_the_saliency_of_a_linear_network_is_its_weights(network):
     module = Linear()
     variables = module.init(jax.random.key(0), np.zeros((1, 4, 4, 3)), train=False)
     state = network.state.replace(params=variables["params"], model_state={}, ema={})
-    linear = inference.dataclasses.replace(network, module=module, state=state, averaged=False)
+    linear = dataclasses.replace(network, module=module, state=state, averaged=False)
     images = DRAW.integers(0, 256, (2, 4, 4, 3), np.uint8)
     found = explain.smooth_grad(linear, images, np.array([2, 0]), samples=4)
     kernel = np.asarray(variables["params"]["Dense_0"]["kernel"]).reshape(4, 4, 3, 3)
