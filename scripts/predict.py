@@ -39,10 +39,13 @@ _AT_ONCE = 64
 
 
 class Predicted(NamedTuple):
-    """An image with its answer: the most probable classes first."""
+    """An image with its answer: the most probable classes first.
+
+    The pixels are kept only for pictures: there may be any number of images.
+    """
 
     file: str
-    image: "np.ndarray"
+    image: "np.ndarray | None"
     top: list[tuple[str, float]]
 
 
@@ -84,7 +87,8 @@ def _predict(options: argparse.Namespace) -> int:
         )
     network = open_network(options)
     errors: dict[str, str] = {}
-    predicted = _predict_files(network, files, options.top, errors)
+    keep = bool(options.sheet or options.explain)
+    predicted = _predict_files(network, files, options.top, errors, keep)
     shown = _WRITERS[options.format](predicted, network, errors)
     if options.format != "json":
         for error in errors.values():
@@ -119,7 +123,7 @@ def find_images(paths: Sequence[str]) -> Iterator[str]:
 
 
 def _predict_files(
-    network: "Network", files: list[str], top: int, errors: dict[str, str]
+    network: "Network", files: list[str], top: int, errors: dict[str, str], keep: bool
 ) -> Iterator[Predicted]:
     """Answers file by file, some at a time; what cannot be read is noted in `errors`."""
     import numpy as np
@@ -139,7 +143,7 @@ def _predict_files(
                 bar.update()
             if images:
                 ranked = network.predict(np.stack(images)).top(top)
-                yield from map(Predicted, names, images, ranked)
+                yield from map(Predicted, names, images if keep else [None] * len(images), ranked)
 
 
 def _write_table(
@@ -202,7 +206,11 @@ def _draw(options: argparse.Namespace, network: "Network", shown: list[Predicted
     from alexnet_jax.explain import smooth_grad
     from alexnet_jax.pictures import Answer, contact_sheet, explanation
 
-    answers = [Answer(Path(each.file).name, each.image, *each.top[0]) for each in shown]
+    answers = [
+        Answer(Path(each.file).name, each.image, *each.top[0])
+        for each in shown
+        if each.image is not None
+    ]
     try:
         if options.sheet:
             contact_sheet(answers).save(options.sheet, format="PNG")
