@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from alexnet_jax.data.views import VIEWS
 from alexnet_jax.errors import InputError, show
 from alexnet_jax.models import check_model, model_options
 from alexnet_jax.ops import SWITCH
@@ -44,7 +45,10 @@ def default_config(model: str = "alexnet") -> ConfigDict:
 
     config.augment = ConfigDict()
     config.augment.crop_padding = 4  # pixels of reflected border before a random crop; 0 is off
+    config.augment.crop_fill = "reflect"  # or "black", what fills the border
     config.augment.flip = True  # mirror left-right with probability 1/2
+    config.augment.alternating_flip = False  # in place of that every other epoch, half by half
+    config.augment.cutout = 0  # side in pixels of a square that is covered; 0 is off
 
     config.model = ConfigDict({"name": model, **model_options(model)})
 
@@ -82,6 +86,9 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.train.ema_decay = 0.0  # of an average of the weights, which is then evaluated; 0 is off
     config.train.steps_per_dispatch = 0  # steps per call into the device; 0 chooses
     config.train.eval_batch_size = 500  # rounded up to a multiple of the devices
+
+    config.test = ConfigDict()
+    config.test.views = "none"  # measured beside: "flip", "flip_translate", "ten_crop"
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_seconds = 300.0  # beside those after each epoch; 0 is off
@@ -134,6 +141,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.workers": _at_least(0),
     "data.read_ahead": _at_least(1),
     "augment.crop_padding": _at_least(0),
+    "augment.crop_fill": _one_of("reflect", "black"),
+    "augment.cutout": _count(0),
     "optimizer.name": _one_of("adam", "adamw", "sgd"),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.schedule": _one_of("constant", "cosine", "linear", "step"),
@@ -171,6 +180,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train.ema_decay": _FRACTION,
     "train.steps_per_dispatch": _count(0),
     "train.eval_batch_size": _count(1),
+    "test.views": _one_of(*VIEWS),
     "checkpoint.every_seconds": _at_least(0),
 }
 
@@ -287,6 +297,16 @@ def _check_together(config: ConfigDict) -> None:
         raise InputError(
             f"config.optimizer.rate_factors is {optimizer.rate_factors}; it must have one factor "
             f"for each of config.optimizer.rate_patterns, {optimizer.rate_patterns}."
+        )
+    if config.test.views == "ten_crop" and not config.augment.crop_padding:
+        raise InputError(
+            "config.test.views is 'ten_crop' and config.augment.crop_padding is 0; the crops are "
+            "of images with such a border, which must be at least 1."
+        )
+    if config.augment.alternating_flip and not config.augment.flip:
+        raise InputError(
+            "config.augment.alternating_flip is True and config.augment.flip is False; the first "
+            "says how images are mirrored, and needs the second."
         )
     if config.augment.crop_padding >= config.data.image_size:
         raise InputError(

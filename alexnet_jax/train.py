@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import itertools
 import logging
 import math
 import time
@@ -22,6 +23,7 @@ from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import validate
 from alexnet_jax.data import augment, batches, streamed
 from alexnet_jax.data.resident import RunData, load_data
+from alexnet_jax.data.views import create_views
 from alexnet_jax.errors import Diverged, Interrupted, SaveFailed
 from alexnet_jax.interrupts import stop_requests
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
@@ -30,6 +32,14 @@ from alexnet_jax.optimizers import create_optimizer, create_schedule
 from alexnet_jax.state import TrainState, create_state, find_not_finite
 
 log = logging.getLogger(__name__)
+
+# What may be measured: the weights, their average, and both with several views of each image, of
+# which the last there is counts most.
+SPLITS = tuple(
+    f"{split}{views}{version}"
+    for split in ("validation", "test")
+    for views, version in itertools.product(("", "_tta"), ("", "_ema"))
+)
 
 # Enough to hide the cost of a dispatch from an accelerator's steps, which take milliseconds; a
 # CPU's take long enough to need one each, and would be compiled one after the other.
@@ -42,7 +52,7 @@ class Programs(NamedTuple):
     create: Callable[..., TrainState]  # not compiled: also evaluated for its shapes alone
     fixed: Callable[[], dict[str, Any]]  # what `create` takes that is measured on the images
     advance: Callable[[int], Callable[..., tuple[TrainState, TrainMetrics]]]  # by number of steps
-    measure: Callable[[TrainState, batches.Batch], EvalMetrics]
+    measure: dict[str, Callable[[TrainState, batches.Batch], EvalMetrics]]  # by suffix of the split
 
 
 def train_and_evaluate(
@@ -174,13 +184,17 @@ def _build(
         model=model,
         optimizer=optimizer,
         normalize=normalize,
-        augment=augment.create_augment(config.augment),
+        augment=augment.create_augment(config.augment, data.info["mean"]),
+        alternate_every=data.steps_per_epoch if config.augment.alternating_flip else 0,
         label_smoothing=config.train.label_smoothing,
         ema_decay=config.train.ema_decay,
     )
 
     if isinstance(data.train, streamed.StreamedDataset):
         compiled = parallel.compile_update(one_step, mesh)
+    views_by_suffix = {"": None}
+    if views := create_views(config.test.views, config.augment.crop_padding):
+        views_by_suffix["_tta"] = views
 
     @functools.cache
     def advance(count: int) -> Callable[..., tuple[TrainState, TrainMetrics]]:
@@ -209,9 +223,13 @@ def _build(
             measure_fixed, model, data.sample, data.info["mean"], data.info["deviation"]
         ),
         advance=advance,
-        measure=parallel.compile_reading(
-            functools.partial(steps.eval_step, model=model, normalize=normalize), mesh
-        ),
+        measure={
+            suffix: parallel.compile_reading(
+                functools.partial(steps.eval_step, model=model, normalize=normalize, views=views),
+                mesh,
+            )
+            for suffix, views in views_by_suffix.items()
+        },
     )
 
 
@@ -310,7 +328,8 @@ def _validate(
     if not data.validation:
         return None
     step = int(state.step)
-    results = evaluate(programs.measure, _versions(state, "validation"), data.validation)
+    measures = _measures({"": programs.measure[""]}, state, "validation")
+    results = evaluate(measures, data.validation)
     for split, result in results.items():
         figures = {name: float(result[name]) for name in ("loss", "accuracy")}
         writer.measured(step, split, figures)
@@ -346,24 +365,22 @@ def _measure_at_the_end(
     }
     log.info("Reading the test set, for the first and only time.")
     for split, batched in (("validation", data.validation), ("test", data.read_test())):
-        for name, result in evaluate(programs.measure, _versions(state, split), batched).items():
+        measures = _measures(programs.measure, state, split)
+        for name, result in evaluate(measures, batched).items():
             figures = {key: float(result[key]) for key in ("loss", "accuracy")}
             results[name] = figures | {"confusion": np.asarray(result["confusion"]).tolist()}
-            if split == "test":  # the validation's stand there already
+            if split == "test" or "_tta" in name:  # the others stand there already
                 writer.measured(results["step"], name, figures)
     return results
 
 
 def evaluate(
-    measure: Callable[[TrainState, batches.Batch], EvalMetrics],
-    states: dict[str, TrainState],
-    batched: Iterable[batches.Batch],
+    measures: dict[str, Callable[[batches.Batch], EvalMetrics]], batched: Iterable[batches.Batch]
 ) -> dict[str, dict[str, Any]]:
     """Measures networks on every image, which is read once for all of them.
 
     Args:
-        measure: `steps.eval_step`, compiled, with all but state and batch given.
-        states: By name; their `variables` are measured.
+        measures: By name, `steps.eval_step`, compiled, with all but the batch given.
         batched: Batches with masks.
 
     Returns:
@@ -373,28 +390,37 @@ def evaluate(
     totals: dict[str, EvalMetrics] = {}
     for batch in batched:
         before = dict(totals)
-        for name, state in states.items():
-            metrics = measure(state, batch)
+        for name, measure in measures.items():
+            metrics = measure(batch)
             totals[name] = before[name].merge(metrics) if before else metrics
         jax.block_until_ready(before)  # else batches that are read fast pile up on the device
     return {name: total.compute() for name, total in jax.device_get(totals).items()}
 
 
-def _versions(state: TrainState, split: str) -> dict[str, TrainState]:
-    """Returns what is to be measured on a split: the weights, and their average if it is kept."""
-    return {split: state} | ({f"{split}_ema": state.averaged()} if state.ema else {})
+def _measures(
+    programs: dict[str, Callable[[TrainState, batches.Batch], EvalMetrics]],
+    state: TrainState,
+    split: str,
+) -> dict[str, Callable[[batches.Batch], EvalMetrics]]:
+    """Names what is to be measured on a split: the weights, and their average if it is kept."""
+    versions = {"": state} | ({"_ema": state.averaged()} if state.ema else {})
+    return {
+        f"{split}{suffix}{version}": functools.partial(measure, weights)
+        for suffix, measure in programs.items()
+        for version, weights in versions.items()
+    }
 
 
 def _tell_results(results: dict[str, Any], folder: Path) -> None:
     """Tells how good the network is, on what, and where everything lies."""
     names = run_folder.read_json(folder / run_folder.DATASET)["class_names"]
-    tested = "test_ema" if "test_ema" in results else "test"
+    tested = next(split for split in reversed(SPLITS) if split in results)
     table = report.class_table(np.array(results[tested]["confusion"]), tuple(names))
     log.info("\nTest set, class by class:\n%s\n", table)
-    for split in ("validation", "validation_ema", "test", "test_ema"):
+    for split in SPLITS:
         if split in results:
             log.info(
-                "%-14s loss %.4f  accuracy %.2f%%",
+                "%-18s loss %.4f  accuracy %.2f%%",
                 split,
                 results[split]["loss"],
                 100 * results[split]["accuracy"],

@@ -33,6 +33,9 @@ IMPOSSIBLE = {
     "data.workers": (-1,),
     "data.read_ahead": (0,),
     "augment.crop_padding": (-1,),
+    "augment.crop_fill": ("white",),
+    "augment.cutout": (-1,),
+    "test.views": ("five_crop",),
     "optimizer.name": ("adamax", ""),
     "optimizer.learning_rate": (0.0, -1e-3),
     "optimizer.schedule": ("exponential",),
@@ -214,6 +217,14 @@ def test_every_number_has_a_rule():
         (
             {"optimizer__rate_patterns": ("conv*",)},
             ("optimizer.rate_factors is ()", "('conv*',)"),
+        ),
+        (
+            {"test__views": "ten_crop", "augment__crop_padding": 0},
+            ("test.views", "augment.crop_padding is 0"),
+        ),
+        (
+            {"augment__flip": False, "augment__alternating_flip": True},
+            ("augment.alternating_flip", "augment.flip is False"),
         ),
         ({"augment__crop_padding": 32}, ("augment.crop_padding", "data.image_size, 32")),
     ],
