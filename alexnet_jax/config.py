@@ -30,6 +30,7 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     """
     config = ConfigDict()
     config.seed = 0
+    config.num_seeds = 1  # trained at once, each as by itself: seed, seed + 1, ...
     config.cpu_kernels = "auto"  # "auto", "on", "off": convolve as alexnet_jax.ops does on a CPU
 
     config.data = ConfigDict()
@@ -131,6 +132,7 @@ _FRACTION = ((lambda value: 0 <= value < 1), "at least 0 and less than 1")
 # Key to (test, what would be right). Options of a model are checked by the model itself.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": ((lambda value: 0 <= value < 2**32), "at least 0 and less than 2**32"),
+    "num_seeds": ((lambda value: 1 <= value <= 1024), "between 1 and 1024"),
     "cpu_kernels": _one_of(*SWITCH),
     "data.name": (bool, "the name of a data set"),
     "data.train_split": (bool, "the name of a split"),

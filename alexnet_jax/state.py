@@ -6,6 +6,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax import Array
@@ -29,6 +30,11 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: optax.OptState
     ema: Any
     key: Array
+
+    @property
+    def steps_taken(self) -> int:
+        """`step` as a number of the host; replicas (see `replicas`) have taken as many each."""
+        return int(np.ravel(jax.device_get(self.step))[0])
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -58,7 +64,7 @@ def create_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
-    seed: int,
+    seed: int | Array,
     *,
     ema: bool = False,
     fixed: Mapping[str, Any] | None = None,

@@ -5,6 +5,7 @@ or, given `axis_name`, as the body of `pmap` and `shard_map`, each device with i
 batch.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,13 @@ ORDER_STREAM, STEP_STREAM, FLIP_STREAM = 0, 1, 2
 
 
 def order_key(key: Array) -> Array:
-    """Returns the key of the order of all epochs (`epoch_order`) of the run with a key."""
-    return jax.random.fold_in(key, ORDER_STREAM)
+    """Returns the key of the order of all epochs (`epoch_order`) of the run with a key.
+
+    Args:
+        key: Of a run, or keys[R] of replicas, which makes R of it, too.
+    """
+    derive = functools.partial(jax.random.fold_in, data=ORDER_STREAM)
+    return jax.vmap(derive)(key) if key.ndim else derive(key)
 
 
 def cross_entropy(logits: Array, labels: Array, label_smoothing: float = 0.0) -> Array:

@@ -24,6 +24,7 @@ DEFAULTS = dict(flatten(default_config()))
 IMPOSSIBLE = {
     "cpu_kernels": ("fast", ""),
     "seed": (-1, 2**32),
+    "num_seeds": (0, 1025),
     "data.name": ("",),
     "data.train_split": ("",),
     "data.test_split": ("",),

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -51,12 +52,13 @@ class ResidentDataset:
         """Opens what `steps.train_steps` takes: all images, and the order of a step's epoch.
 
         Args:
-            key: Of `batches.epoch_order`.
+            key: Of `batches.epoch_order`, or keys[R] of replicas, whose orders are int32[R, N].
             step: Where the run stands; any other may be asked for, too.
         """
         size = len(self.arrays["label"])
+        one = functools.partial(batches.epoch_order, size=size)
         order = parallel.compile_reading(
-            functools.partial(batches.epoch_order, size=size), self.mesh
+            jax.vmap(one, in_axes=(0, None)) if key.ndim else one, self.mesh
         )
 
         @functools.lru_cache(maxsize=1)  # to sort 45,000 random keys takes a CPU 30 ms
