@@ -37,7 +37,7 @@ from alexnet_jax.data.views import Views, create_views
 from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
 from alexnet_jax.interrupts import stop_requests
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
-from alexnet_jax.models import create_model, describe, measure_fixed
+from alexnet_jax.models import count_flops, create_model, describe, measure_fixed
 from alexnet_jax.optimizers import create_optimizer, create_schedule
 from alexnet_jax.state import TrainState, create_state, find_not_finite
 
@@ -163,6 +163,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         stopped, state = _loop(config, data, programs, schedule, state, checkpoints, writer, mesh)
         if not stopped:
             results = _measure_at_the_end(config, data, programs, state, writer, mesh)
+            results["flops"] = count_flops(model, tuple(data.info["image_shape"]))
             results["best_step"] = checkpoints.best_step
     # All is written now, also by the threads and the process that write behind the run's back.
     with processes.together():

@@ -120,6 +120,15 @@ def measure_fixed(
     return {whitening.COLLECTION: {whitening.NAME: {"kernel": kernels}}}
 
 
+def count_flops(model: nn.Module, image_shape: tuple[int, ...]) -> float:
+    """Counts the FLOPs of the forward pass of one image (H, W, C), two for each product."""
+    images = jnp.zeros((1, *image_shape))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    plain = model.clone(ops=PLAIN)  # the same number whatever computes it
+    forward = jax.jit(lambda variables: plain.apply(variables, images, train=False))
+    return float((forward.lower(variables).cost_analysis() or {}).get("flops", float("nan")))
+
+
 def describe(model: nn.Module, image_shape: tuple[int, ...]) -> str:
     """Lays out the parameters with their shapes and number, and counts the FLOPs.
 
@@ -129,8 +138,6 @@ def describe(model: nn.Module, image_shape: tuple[int, ...]) -> str:
     """
     images = jnp.zeros((1, *image_shape))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-    plain = model.clone(ops=PLAIN)  # the same number whatever computes it
-    forward = jax.jit(lambda variables: plain.apply(variables, images, train=False))
-    flops = (forward.lower(variables).cost_analysis() or {}).get("flops", float("nan"))
+    flops = count_flops(model, image_shape)
     table = get_parameter_overview(variables["params"], include_stats=False)
     return f"{table}\nForward pass of one image: {flops / 1e6:,.1f} million FLOPs"
