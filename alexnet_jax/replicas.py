@@ -164,6 +164,14 @@ def summary(figures: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def show_accuracy(figures: dict[str, Any]) -> str:
+    """Writes the accuracy of a `summary`: "85.10%", of replicas "85.10% (deviation 0.31)"."""
+    text = f"{100 * figures['accuracy']:.2f}%"
+    if "accuracy_deviation" not in figures:
+        return text
+    return f"{text} (deviation {100 * figures['accuracy_deviation']:.2f})"
+
+
 def not_finite(values: Any, first_seed: int) -> str:
     """Says whose figures, float[R], are NaN or infinite: " of seed 3", or nothing of a single."""
     values = np.asarray(values)

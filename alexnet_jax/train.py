@@ -203,6 +203,10 @@ def _build(
     )
 
     count, in_turn = config.num_seeds, parallel.on_cpu(mesh)
+    if count > 1:
+        log.info(
+            "%d seeds from %d on, %s.", count, config.seed, "in turn" if in_turn else "all at once"
+        )
     streams = isinstance(data.train, streamed.StreamedDataset)
     if count > 1 and streams:
         raise InputError(
@@ -365,11 +369,11 @@ def _validate(
         figures = replicas.summary({name: result[name] for name in ("loss", "accuracy")})
         writer.measured(step, split, figures)
         log.info(
-            "step %s, %s: loss %.4f, accuracy %.2f%%; %s left",
+            "step %s, %s: loss %.4f, accuracy %s; %s left",
             f"{step:,}",
             split,
             figures["loss"],
-            100 * figures["accuracy"],
+            replicas.show_accuracy(figures),
             writers.duration(writer.progress.seconds_left(step)),
         )
     return figures["accuracy"]  # of the averaged weights, where they are kept
@@ -454,10 +458,10 @@ def _tell_results(results: dict[str, Any], folder: Path) -> None:
     for split in SPLITS:
         if split in results:
             log.info(
-                "%-18s loss %.4f  accuracy %.2f%%",
+                "%-18s loss %.4f  accuracy %s",
                 split,
                 results[split]["loss"],
-                100 * results[split]["accuracy"],
+                replicas.show_accuracy(results[split]),
             )
     log.info(
         "\n%s steps, %d epochs, %s of training. Everything lies in %s:\n"

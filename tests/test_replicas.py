@@ -1,6 +1,7 @@
 """Many seeds in one run: each is what its own run is, saved and resumed as exactly."""
 
 import os
+import re
 import signal
 
 import jax
@@ -187,6 +188,17 @@ def test_a_diverging_replica_is_named(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(replicas, "create", create_with_one_broken)
     with pytest.raises(Diverged, match=r"the loss of seed 6 is nan at step 1,"):
         train_and_evaluate(config, tmp_path / "run")
+
+
+def test_the_log_says_mean_and_deviation(both, alone):
+    values = [result["test_ema"]["accuracy"] for _, result in alone]
+    deviation = abs(values[0] - values[1]) / 2**0.5
+    said = (both[0] / "log.txt").read_text()
+    assert "2 seeds from 5 on, in turn." in said
+    assert re.search(
+        rf"test_ema .* accuracy {100 * np.mean(values):.2f}% \(deviation {100 * deviation:.2f}\)",
+        said,
+    )
 
 
 def test_what_is_not_finite_names_its_seeds():
