@@ -1,9 +1,11 @@
 """AlexNet (Krizhevsky, Sutskever, Hinton, 2012), as one linen class with fields for what varies."""
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.initializers import Initializer
 from jax import Array
 
 from alexnet_jax.errors import InputError
@@ -11,13 +13,13 @@ from alexnet_jax.models.layers import ConvReluPool, dirac
 from alexnet_jax.models.whitening import NAME, Whitening
 from alexnet_jax.ops import PLAIN, Ops
 
-_KERNEL_INITS = {
+_KERNEL_INITS: dict[str, Initializer] = {
     "he_normal": nn.initializers.he_normal(),
     "lecun_normal": nn.initializers.lecun_normal(),
     "dirac": dirac,
 }
 _NORMS = ("none", "batch")
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "gelu": functools.partial(nn.gelu, approximate=False),
     "silu": nn.silu,

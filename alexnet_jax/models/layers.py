@@ -11,7 +11,9 @@ from jax import Array
 from alexnet_jax.ops import Ops
 
 
-def dirac(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+def dirac(
+    key: Array, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None
+) -> Array:
     """Initialises kernels so that a convolution begins as the identity, as far as it can.
 
     The i-th output is the i-th input (Zagoruyko and Komodakis, 2017, "DiracNets"); outputs beyond
@@ -21,8 +23,9 @@ def dirac(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         key: Random key.
         shape: (k, k, C, O) of a convolution, or (C, O) of a matrix.
         dtype: Of the kernels.
+        out_sharding: Where they lie, as JAX's own initializers take it.
     """
-    drawn = he_normal()(key, shape, dtype)
+    drawn = he_normal()(key, tuple(shape), dtype, out_sharding)
     if len(shape) == 2:
         return drawn
     height, width, inputs, outputs = shape
