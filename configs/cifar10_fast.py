@@ -1,8 +1,10 @@
-"""CIFAR-10 in few seconds: narrow, whitened, Muon, 6 epochs; for 2 cores of a CPU.
+"""CIFAR-10 in few seconds: narrow, whitened, Muon, 4 epochs; for 2 cores of a CPU.
 
 python -m alexnet_jax.main --config=configs/cifar10_fast.py
 
-Not yet measured on the test set: docs/results.md says how it will be.
+On the validation images of the JPEG copy 65.9, 74.0, 79.4 and 83.2% after its epochs (seed 0 alone,
+45,000 images), 7 to 8 minutes on 2 cores of an AMD EPYC that had other work, too. Not yet measured
+over seeds, nor on its own; docs/results.md says how it will be.
 """
 
 from ml_collections import ConfigDict
@@ -37,7 +39,7 @@ def get_config() -> ConfigDict:
     config.optimizer.muon_momentum = 0.6
     config.optimizer.muon_unit_filters = True
     config.train.batch_size = 256
-    config.train.epochs = 6
+    config.train.epochs = 4
     config.train.label_smoothing = 0.1
     config.test.views = "flip_translate"
     return config
