@@ -133,12 +133,12 @@ class LookaheadState(NamedTuple):
     Attributes:
         inner: State of the optimizer inside.
         slow: The slow weights.
-        count: int32[], updates made.
+        made: int32[], updates so far.
     """
 
     inner: optax.OptState
     slow: Any
-    count: Array
+    made: Array
 
 
 def lookahead(
@@ -166,7 +166,7 @@ def lookahead(
         gradients: Any, state: LookaheadState, params: Any = None
     ) -> tuple[Any, LookaheadState]:
         steps, inner_state = inner.update(gradients, state.inner, params)
-        count = state.count + 1
+        count = state.made + 1
         now = (count % period == 0) | (count == updates)
         kept = jnp.asarray(decay(count), jnp.float32)
         fast = optax.apply_updates(params, steps)

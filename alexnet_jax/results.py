@@ -165,14 +165,14 @@ def table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
     for members, name in zip(groups, names, strict=True):
-        first = members[0]
+        example = members[0]
         seeds = sorted(seed for run in members for seed in run.seeds)
         hardware = sorted({run.results["devices"] for run in members})
-        images = first.dataset["images"]
+        images = example.dataset["images"]
         lines.append(
-            f"- **{name}**: {first.dataset['name']}, trained on {images['train']:,} images, tested "
+            f"- **{name}**: {example.dataset['name']}, trained on {images['train']:,} images, tested "
             f"on {images['test']:,}; {', '.join(hardware)}; seeds {', '.join(map(str, seeds))}.  \n"
-            f"  `{command(first)}`"
+            f"  `{command(example)}`"
         )
     return "\n".join(lines)
 

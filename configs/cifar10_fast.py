@@ -2,10 +2,10 @@
 
 python -m alexnet_jax.main --config=configs/cifar10_fast.py
 
-On the JPEG copy (--config.data.name=cifar10_jpeg), seed 0 alone, 45,000 images: 65.9, 74.0, 79.4 and
-83.2% of the validation images after its epochs; 83.2% of the test images, 84.2% with views; 526 s
-of training, with validation, on 2 cores of an AMD EPYC that had other work, too. Not yet measured
-over seeds, nor on a machine of its own; docs/results.md says how it will be.
+On the JPEG copy (--config.data.name=cifar10_jpeg), seed 0 alone, 45,000 images: 65.9, 74.0, 79.4
+and 83.2% of the validation images after its epochs; 83.2% of the test images, 84.2% with views;
+526 s of training, with validation, on 2 cores of an AMD EPYC that had other work, too. Not yet
+measured over seeds, nor on a machine of its own; docs/results.md says how it will be.
 """
 
 from ml_collections import ConfigDict
