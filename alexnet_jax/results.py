@@ -168,9 +168,9 @@ def table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> str:
         example = members[0]
         seeds = sorted(seed for run in members for seed in run.seeds)
         hardware = sorted({run.results["devices"] for run in members})
-        images = example.dataset["images"]
+        data, images = example.dataset["name"], example.dataset["images"]
         lines.append(
-            f"- **{name}**: {example.dataset['name']}, trained on {images['train']:,} images, tested "
+            f"- **{name}**: {data}, trained on {images['train']:,} images, tested "
             f"on {images['test']:,}; {', '.join(hardware)}; seeds {', '.join(map(str, seeds))}.  \n"
             f"  `{command(example)}`"
         )
