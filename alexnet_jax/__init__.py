@@ -16,7 +16,11 @@ __all__ = ["load"]
 
 
 def load(
-    run: str | os.PathLike[str], *, checkpoint: str | int = "newest", averaged: bool = True
+    run: str | os.PathLike[str],
+    *,
+    checkpoint: str | int = "newest",
+    averaged: bool = True,
+    seed: int | None = None,
 ) -> "Network":
     """Opens the network of a run, from its folder alone; the data set is not needed.
 
@@ -25,6 +29,7 @@ def load(
         checkpoint: "newest" (which ``results.json`` of a finished run is about), "best" by the
             accuracy on the validation images, or the step of a checkpoint.
         averaged: Whether to use the weights averaged over the steps, where the run keeps them.
+        seed: Whose network, of a run of many seeds; None is the first.
 
     Returns:
         The network; `alexnet_jax.inference.Network` says what it can do.
@@ -34,4 +39,4 @@ def load(
     """
     from alexnet_jax import inference  # imports JAX, which takes seconds
 
-    return inference.load(run, checkpoint=checkpoint, averaged=averaged)
+    return inference.load(run, checkpoint=checkpoint, averaged=averaged, seed=seed)

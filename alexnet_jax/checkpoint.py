@@ -105,7 +105,7 @@ class Checkpoints:
             RuntimeError: The folder already holds this or a later step.
         """
         self._settle()
-        step = int(state.step)
+        step = state.steps_taken
         latest = self._manager.latest_step()
         if latest is not None and step <= latest:
             raise RuntimeError(
@@ -255,11 +255,12 @@ class Checkpoints:
         )
         if saved is not None:
             checksums.check({"params": found.params, "rest": found.rest}, saved)
-        if int(found.rest["step"]) != step:
-            raise ValueError(f"it holds step {int(found.rest['step'])}")
         fields = dict(found.rest)
         fields["key"] = jax.random.wrap_key_data(fields["key"])
-        return template.replace(params=found.params, **fields), progress
+        state = template.replace(params=found.params, **fields)
+        if state.steps_taken != step:
+            raise ValueError(f"it holds step {state.steps_taken}")
+        return state, progress
 
     def _types_by_orbax(self, step: int) -> dict[str, str]:
         """Returns what Orbax notes of each array, which nothing protects from damage."""

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from alexnet_jax.data.views import VIEWS
 from alexnet_jax.errors import InputError, show
 from alexnet_jax.models import check_model, model_options
 from alexnet_jax.ops import SWITCH
+from alexnet_jax.optimizers import check_patterns
 
 
 def default_config(model: str = "alexnet") -> ConfigDict:
@@ -28,6 +30,7 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     """
     config = ConfigDict()
     config.seed = 0
+    config.num_seeds = 1  # trained at once, each as by itself: seed, seed + 1, ...
     config.cpu_kernels = "auto"  # "auto", "on", "off": convolve as alexnet_jax.ops does on a CPU
 
     config.data = ConfigDict()
@@ -43,7 +46,10 @@ def default_config(model: str = "alexnet") -> ConfigDict:
 
     config.augment = ConfigDict()
     config.augment.crop_padding = 4  # pixels of reflected border before a random crop; 0 is off
+    config.augment.crop_fill = "reflect"  # or "black", what fills the border
     config.augment.flip = True  # mirror left-right with probability 1/2
+    config.augment.alternating_flip = False  # in place of that every other epoch, half by half
+    config.augment.cutout = 0  # side in pixels of a square that is covered; 0 is off
 
     config.model = ConfigDict({"name": model, **model_options(model)})
 
@@ -61,6 +67,16 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.optimizer.momentum = 0.9  # SGD's
     config.optimizer.nesterov = True
     config.optimizer.weight_decay = 0.0  # on kernels only; decoupled in adamw, L2 in sgd
+    config.optimizer.rate_patterns = ()  # parameters, as "norm*/bias", whose learning rate is
+    config.optimizer.rate_factors = ()  # multiplied by these
+    config.optimizer.muon_rate = 0.0  # peak learning rate of Muon on muon_pattern; 0 is off
+    config.optimizer.muon_pattern = "conv*/kernel"  # kernels with a normalisation behind them
+    config.optimizer.muon_momentum = 0.95
+    config.optimizer.muon_weight_decay = 0.0  # decoupled
+    config.optimizer.muon_unit_filters = False  # keep those kernels at the norm of unit filters
+    config.optimizer.lookahead_period = 0  # updates between steps of slow weights; 0 is off
+    config.optimizer.lookahead_decay = 0.5  # share of the slow weights that these steps keep
+    config.optimizer.lookahead_power = 0.0  # 0: always; else times (updates made / all) ** power
     config.optimizer.clip_norm = 0.0  # largest global gradient norm; 0 is off
     config.optimizer.accumulate_steps = 1  # batches whose gradients are averaged per update
 
@@ -71,6 +87,9 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.train.ema_decay = 0.0  # of an average of the weights, which is then evaluated; 0 is off
     config.train.steps_per_dispatch = 0  # steps per call into the device; 0 chooses
     config.train.eval_batch_size = 500  # rounded up to a multiple of the devices
+
+    config.test = ConfigDict()
+    config.test.views = "none"  # measured beside: "flip", "flip_translate", "ten_crop"
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_seconds = 300.0  # beside those after each epoch; 0 is off
@@ -113,6 +132,7 @@ _FRACTION = ((lambda value: 0 <= value < 1), "at least 0 and less than 1")
 # Key to (test, what would be right). Options of a model are checked by the model itself.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": ((lambda value: 0 <= value < 2**32), "at least 0 and less than 2**32"),
+    "num_seeds": ((lambda value: 1 <= value <= 1024), "between 1 and 1024"),
     "cpu_kernels": _one_of(*SWITCH),
     "data.name": (bool, "the name of a data set"),
     "data.train_split": (bool, "the name of a split"),
@@ -123,6 +143,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.workers": _at_least(0),
     "data.read_ahead": _at_least(1),
     "augment.crop_padding": _at_least(0),
+    "augment.crop_fill": _one_of("reflect", "black"),
+    "augment.cutout": _count(0),
     "optimizer.name": _one_of("adam", "adamw", "sgd"),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.schedule": _one_of("constant", "cosine", "linear", "step"),
@@ -138,6 +160,20 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.eps": _POSITIVE,
     "optimizer.momentum": _FRACTION,
     "optimizer.weight_decay": _at_least(0),
+    "optimizer.rate_patterns": (
+        (lambda value: all(type(item) is str for item in value)),
+        'shell patterns of parameters, such as "norm*/bias"',
+    ),
+    "optimizer.rate_factors": (
+        (lambda value: all(type(x) in (int, float) and 0 < x <= 1e6 for x in value)),
+        "numbers greater than 0 and at most 1e6",
+    ),
+    "optimizer.muon_rate": _at_least(0),
+    "optimizer.muon_momentum": _FRACTION,
+    "optimizer.muon_weight_decay": _at_least(0),
+    "optimizer.lookahead_period": _count(0),
+    "optimizer.lookahead_decay": _FRACTION,
+    "optimizer.lookahead_power": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
     "optimizer.accumulate_steps": _count(1),
     "train.batch_size": _count(1),
@@ -146,6 +182,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train.ema_decay": _FRACTION,
     "train.steps_per_dispatch": _count(0),
     "train.eval_batch_size": _count(1),
+    "test.views": _one_of(*VIEWS),
     "checkpoint.every_seconds": _at_least(0),
 }
 
@@ -209,7 +246,8 @@ def validate(config: ConfigDict) -> None:
                     f"it must be {right} there, too."
                 )
     _check_together(config)
-    check_model(config.model, config.data.image_size)
+    variables = check_model(config.model, config.data.image_size)
+    check_patterns(config.optimizer, variables["params"])
 
 
 def check_type(key: str, value: Any, default: Any) -> None:
@@ -256,6 +294,21 @@ def _check_together(config: ConfigDict) -> None:
         raise InputError(
             f"config.optimizer.warmup_epochs is {optimizer.warmup_epochs}; "
             f"it must be at most config.train.epochs, {train.epochs}."
+        )
+    if len(optimizer.rate_patterns) != len(optimizer.rate_factors):
+        raise InputError(
+            f"config.optimizer.rate_factors is {optimizer.rate_factors}; it must have one factor "
+            f"for each of config.optimizer.rate_patterns, {optimizer.rate_patterns}."
+        )
+    if config.test.views == "ten_crop" and not config.augment.crop_padding:
+        raise InputError(
+            "config.test.views is 'ten_crop' and config.augment.crop_padding is 0; the crops are "
+            "of images with such a border, which must be at least 1."
+        )
+    if config.augment.alternating_flip and not config.augment.flip:
+        raise InputError(
+            "config.augment.alternating_flip is True and config.augment.flip is False; the first "
+            "says how images are mirrored, and needs the second."
         )
     if config.augment.crop_padding >= config.data.image_size:
         raise InputError(

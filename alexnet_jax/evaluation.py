@@ -8,44 +8,62 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import ops, parallel, steps
+from alexnet_jax import ops, parallel, replicas, steps
+from alexnet_jax.config import validate
 from alexnet_jax.data import batches
 from alexnet_jax.data.resident import load_split
+from alexnet_jax.data.views import Views, create_views
 from alexnet_jax.errors import InputError
 from alexnet_jax.inference import Network
 from alexnet_jax.metrics import EvalMetrics
 from alexnet_jax.state import TrainState
 
+Measure = Callable[[batches.Batch], EvalMetrics]
+
 
 def evaluate(
-    measure: Callable[[TrainState, batches.Batch], EvalMetrics],
-    states: dict[str, TrainState],
-    batched: Iterable[batches.Batch],
+    measures: dict[str, Measure], batched: Iterable[batches.Batch]
 ) -> dict[str, dict[str, Any]]:
     """Measures networks on every image, which is read once for all of them.
 
     Args:
-        measure: `steps.eval_step`, compiled, with all but state and batch given.
-        states: By name; their `variables` are measured.
+        measures: By name, `steps.eval_step`, compiled, with all but the batch given.
         batched: Batches with masks.
 
     Returns:
         By the same names: mean `loss` and `accuracy` over the images, and `confusion`
-        int32[classes, classes]. Nothing if there are no batches.
+        int32[classes, classes], or of R replicas with a first dimension of these. Nothing if there
+        are no batches.
     """
     totals: dict[str, EvalMetrics] = {}
     for batch in batched:
         before = dict(totals)
-        for name, state in states.items():
-            metrics = measure(state, batch)
+        for name, measure in measures.items():
+            metrics = measure(batch)
             totals[name] = before[name].merge(metrics) if before else metrics
         jax.block_until_ready(before)  # else batches that are read fast pile up on the device
-    return {name: total.compute() for name, total in jax.device_get(totals).items()}
+    return {name: replicas.compute(total) for name, total in totals.items()}
 
 
-def versions(state: TrainState, split: str) -> dict[str, TrainState]:
-    """Returns what is to be measured on a split: the weights, and their average if it is kept."""
-    return {split: state} | ({f"{split}_ema": state.averaged()} if state.ema else {})
+def measures_of(
+    programs: dict[str, Callable[[TrainState, batches.Batch], EvalMetrics]],
+    state: TrainState,
+    split: str,
+) -> dict[str, Measure]:
+    """Names what is to be measured on a split: the weights, and their average if it is kept.
+
+    Args:
+        programs: `steps.eval_step`, compiled, by what its names end in: "", and "_tta" for
+            several views of each image.
+        state: Whose weights are measured.
+        split: What the names begin with.
+    """
+    versions = {"": state} | ({"_ema": state.averaged()} if state.ema else {})
+    return {
+        f"{split}{suffix}{version}": functools.partial(measure, weights)
+        for suffix, measure in programs.items()
+        for version, weights in versions.items()
+    }
 
 
 class Evaluation(NamedTuple):
@@ -56,7 +74,8 @@ class Evaluation(NamedTuple):
         split: What was asked for.
         images: How many it has.
         results: As `evaluate` returns them: by the split's name for the weights of the last step,
-            and by the same with "_ema" for their average, where the run keeps it.
+            and by the same with "_ema" for their average, where the run keeps it; with "_tta"
+            before that, of several views of each image.
     """
 
     data: str
@@ -66,7 +85,10 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_network(
-    network: Network, split: str = "test", data: ConfigDict | None = None
+    network: Network,
+    split: str = "test",
+    data: ConfigDict | None = None,
+    views: str | None = None,
 ) -> Evaluation:
     """Measures a network as its training run does; on the same split it gets the same numbers.
 
@@ -74,14 +96,18 @@ def evaluate_network(
         network: Of `alexnet_jax.load`; both its weights are measured, whichever it answers with.
         split: "test", "train" or "validation" as the run has them, or a TFDS split, "test[:50%]".
         data: A section `config.data` that names another prepared set; None takes the run's own.
+        views: One of `data.views.VIEWS`, measured beside; None takes the run's own.
 
     Raises:
-        InputError: The data cannot be had, their classes are others, or the run's own have
-            changed since it began.
+        InputError: There are no such views, the data cannot be had, their classes are others, or
+            the run's own have changed since it began.
     """
     config = network.config.copy_and_resolve_references()
     if data is not None:
         config.data = data
+    if views is not None:
+        config.test.views = views
+    validate(config)
     mesh = parallel.make_mesh()
     opened = load_split(config, mesh, split)
     if opened.class_names != network.class_names:
@@ -95,18 +121,25 @@ def evaluate_network(
         )
     platform = mesh.devices.flat[0].platform
     chosen = ops.choose(config.cpu_kernels, platform, config.model.dtype, devices=mesh.size)
-    measure = parallel.compile_reading(
-        functools.partial(
-            steps.eval_step, model=network.module.clone(ops=chosen), normalize=network.normalize
-        ),
-        mesh,
-    )
+    looks: dict[str, Views | None] = {"": None}
+    if several := create_views(config.test.views, config.augment.crop_padding):
+        looks["_tta"] = several
+    module = network.module.clone(ops=chosen)
+    programs = {
+        suffix: parallel.compile_reading(
+            functools.partial(
+                steps.eval_step, model=module, normalize=network.normalize, views=each
+            ),
+            mesh,
+        )
+        for suffix, each in looks.items()
+    }
     state = jax.device_put(network.state, parallel.replicated(mesh))
     return Evaluation(
         data=config.data.name,
         split=split,
         images=opened.size,
-        results=evaluate(measure, versions(state, split), opened.batches),
+        results=evaluate(measures_of(programs, state, split), opened.batches),
     )
 
 

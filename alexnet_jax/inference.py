@@ -15,7 +15,7 @@ from jax import Array
 from ml_collections import ConfigDict
 from PIL import Image
 
-from alexnet_jax import run_folder, steps
+from alexnet_jax import replicas, run_folder, steps
 from alexnet_jax.data import augment, images
 from alexnet_jax.errors import InputError, show
 from alexnet_jax.models import create_model
@@ -200,7 +200,11 @@ class Network:
 
 
 def load(
-    run: str | os.PathLike[str], *, checkpoint: str | int = "newest", averaged: bool = True
+    run: str | os.PathLike[str],
+    *,
+    checkpoint: str | int = "newest",
+    averaged: bool = True,
+    seed: int | None = None,
 ) -> Network:
     """Opens the network of a run; see `alexnet_jax.load`."""
     try:
@@ -217,8 +221,22 @@ def load(
     module = create_model(config.model, num_classes=len(info["class_names"]))
     blank = jnp.zeros((1, *info["image_shape"]))
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), blank, train=False))
+    trained = replicas.seeds(config.seed, config.num_seeds).tolist()
+    if seed is not None and seed not in trained:
+        raise InputError(
+            f"the run in {folder} has no network of seed {show(seed)}; it has {trained[0]}"
+            + (f" to {trained[-1]}." if len(trained) > 1 else ".")
+        )
+    if len(trained) > 1:
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((len(trained), *x.shape), x.dtype), shapes
+        )
     ema = config.train.ema_decay > 0
     weights = read_weights(folder / run_folder.CHECKPOINTS, checkpoint, shapes, ema=ema)
+    arrays = (weights.params, weights.model_state, weights.ema)
+    if len(trained) > 1:
+        arrays = replicas.pick(arrays, 0 if seed is None else trained.index(seed))
+    params, model_state, average = arrays
     return Network(
         folder=folder,
         config=config,
@@ -227,11 +245,11 @@ def load(
         normalize=augment.create_normalize(tuple(info["mean"]), tuple(info["deviation"])),
         state=TrainState(
             step=jnp.int32(weights.step),
-            params=weights.params,
-            model_state=weights.model_state,
+            params=params,
+            model_state=model_state,
             opt_state=(),
-            ema=weights.ema,
-            key=jax.random.key(config.seed),
+            ema=average,
+            key=jax.random.key(trained[0] if seed is None else seed),
         ),
         averaged=averaged and ema,
         accuracy=weights.accuracy,

@@ -1,4 +1,4 @@
-"""What the programs that use a trained network take alike: RUN, --checkpoint, --not_averaged."""
+"""What programs take alike to say which trained network they are about."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Adds RUN and --checkpoint."""
+    """Adds RUN, --checkpoint and --seed."""
     parser.add_argument("run", metavar="RUN", help="the run folder")
     parser.add_argument(
         "--checkpoint",
@@ -16,6 +16,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         type=lambda text: int(text) if text.isdecimal() else text,
         metavar="WHICH",
         help="newest (default), best (on the validation images), or a step",
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="SEED", help="whose network, of a run of many (default: first)"
     )
 
 
@@ -38,4 +41,6 @@ def open_network(options: argparse.Namespace) -> "Network":
 
     runtime.prepare()
     averaged = not getattr(options, "not_averaged", False)
-    return inference.load(options.run, checkpoint=options.checkpoint, averaged=averaged)
+    return inference.load(
+        options.run, checkpoint=options.checkpoint, averaged=averaged, seed=options.seed
+    )

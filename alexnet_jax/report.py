@@ -12,8 +12,12 @@ _STYLES = {
     "train": ("train", "C0"),
     "validation": ("validation", "C1"),
     "validation_ema": ("validation, averaged weights", "C2"),
+    "validation_tta": ("validation, several views", "C5"),
+    "validation_tta_ema": ("validation, several views, averaged weights", "C6"),
     "test": ("test", "C3"),
     "test_ema": ("test, averaged weights", "C4"),
+    "test_tta": ("test, several views", "C7"),
+    "test_tta_ema": ("test, several views, averaged weights", "C8"),
 }
 
 

@@ -1,10 +1,12 @@
 """What a run *is*: every array that a step reads and writes, and nothing else."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax import Array
@@ -28,6 +30,11 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: optax.OptState
     ema: Any
     key: Array
+
+    @property
+    def steps_taken(self) -> int:
+        """`step` as a number of the host; replicas (see `replicas`) have taken as many each."""
+        return int(np.ravel(jax.device_get(self.step))[0])
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -57,9 +64,10 @@ def create_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
-    seed: int,
+    seed: int | Array,
     *,
     ema: bool = False,
+    fixed: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Initialises a run at step 0. Pure: the same seed gives the same state.
 
@@ -69,10 +77,13 @@ def create_state(
         image_shape: (H, W, C) of one image.
         seed: Of every random draw of the run.
         ema: Whether to keep averaged weights.
+        fixed: Collections of `model_state` that were measured (`models.measure_fixed`) and take
+            the place of those that `model.init` makes.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
     model_state = {name: value for name, value in variables.items() if name != "params"}
+    model_state |= jax.tree.map(jnp.asarray, dict(fixed or {}))
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),

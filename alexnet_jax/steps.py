@@ -5,6 +5,7 @@ or, given `axis_name`, as the body of `pmap` and `shard_map`, each device with i
 batch.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,18 +15,24 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from alexnet_jax.data.augment import Augment, Normalize
+from alexnet_jax.data.augment import Augment, Normalize, alternating_flip
 from alexnet_jax.data.batches import Batch, Dataset, epoch_order, take_batch
+from alexnet_jax.data.views import Views
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics, over_devices
 from alexnet_jax.state import TrainState
 
-# Two streams of random numbers, so that no epoch's order shares its bits with a step's draws.
-ORDER_STREAM, STEP_STREAM = 0, 1
+# Streams of random numbers, so that no epoch's order shares its bits with a step's draws.
+ORDER_STREAM, STEP_STREAM, FLIP_STREAM = 0, 1, 2
 
 
 def order_key(key: Array) -> Array:
-    """Returns the key of the order of all epochs (`epoch_order`) of the run with a key."""
-    return jax.random.fold_in(key, ORDER_STREAM)
+    """Returns the key of the order of all epochs (`epoch_order`) of the run with a key.
+
+    Args:
+        key: Of a run, or keys[R] of replicas, which makes R of it, too.
+    """
+    derive = functools.partial(jax.random.fold_in, data=ORDER_STREAM)
+    return jax.vmap(derive)(key) if key.ndim else derive(key)
 
 
 def cross_entropy(logits: Array, labels: Array, label_smoothing: float = 0.0) -> Array:
@@ -61,6 +68,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     normalize: Normalize,
     augment: Augment,
+    alternate_every: int = 0,
     label_smoothing: float = 0.0,
     ema_decay: float = 0.0,
     axis_name: str | None = None,
@@ -75,6 +83,8 @@ def train_step(
         optimizer: The transformation that `state.opt_state` belongs to.
         normalize: From uint8 images to what the network takes.
         augment: Random change of the uint8 images.
+        alternate_every: Steps in an epoch, to mirror images by `alternating_flip` before; 0 does
+            not.
         label_smoothing: See `cross_entropy`.
         ema_decay: Share of the old average kept at each step; used if `state.ema` is kept.
         axis_name: Mapped device axis that the batch is split over, if any.
@@ -86,7 +96,11 @@ def train_step(
     if axis_name is not None:  # without this every device would draw the same
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
     augment_key, dropout_key = jax.random.split(key)
-    images = normalize(augment(augment_key, batch["image"]))
+    images = batch["image"]
+    if alternate_every:
+        flip_key = jax.random.fold_in(state.key, FLIP_STREAM)
+        images = alternating_flip(flip_key, state.step // alternate_every, images)
+    images = normalize(augment(augment_key, images))
 
     def loss_fn(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
         logits, model_state = model.apply(
@@ -121,7 +135,12 @@ def train_step(
 
 
 def predict_step(
-    state: TrainState, images: Array, *, model: nn.Module, normalize: Normalize
+    state: TrainState,
+    images: Array,
+    *,
+    model: nn.Module,
+    normalize: Normalize,
+    views: Views | None = None,
 ) -> Array:
     """Returns logits float32[B, classes] of images uint8[B, H, W, C].
 
@@ -130,9 +149,17 @@ def predict_step(
         images: What the network is asked about.
         model: The network.
         normalize: From uint8 images to what the network takes.
+        views: Several looks at each image, whose answers become one; see `data.views`.
     """
-    logits: Any = model.apply(state.variables, normalize(images), train=False)
-    return logits
+    if views is None:
+        logits: Any = model.apply(state.variables, normalize(images), train=False)
+        return logits
+    seen = views.take(images)
+    count, batch = seen.shape[:2]
+    # As one batch. Image by image, so that those of one device stay there.
+    together = jnp.swapaxes(seen, 0, 1).reshape(batch * count, *seen.shape[2:])
+    logits = model.apply(state.variables, normalize(together), train=False)
+    return views.combine(jnp.swapaxes(logits.reshape(batch, count, -1), 0, 1))
 
 
 def eval_step(
@@ -141,6 +168,7 @@ def eval_step(
     *,
     model: nn.Module,
     normalize: Normalize,
+    views: Views | None = None,
     axis_name: str | None = None,
 ) -> EvalMetrics:
     """Measures the network on a batch, counting only the examples whose mask is true.
@@ -150,9 +178,10 @@ def eval_step(
         batch: image uint8[B, H, W, C], label int32[B], mask bool[B].
         model: The network.
         normalize: From uint8 images to what the network takes.
+        views: As of `predict_step`.
         axis_name: Mapped device axis that the batch is split over, if any.
     """
-    logits = predict_step(state, batch["image"], model=model, normalize=normalize)
+    logits = predict_step(state, batch["image"], model=model, normalize=normalize, views=views)
     metrics = EvalMetrics.single_from_model_output(
         loss=cross_entropy(logits, batch["label"]),
         logits=logits,

@@ -2,10 +2,11 @@
 
 import functools
 import importlib.metadata
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,23 +15,42 @@ import jax
 import numpy as np
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from alexnet_jax import ops, parallel, processes, report, run_folder, steps, writers
+from alexnet_jax import (
+    checksums,
+    ops,
+    parallel,
+    processes,
+    replicas,
+    report,
+    run_folder,
+    steps,
+    writers,
+)
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import validate
 from alexnet_jax.data import augment, batches, streamed
 from alexnet_jax.data.resident import RunData, load_data
-from alexnet_jax.errors import Diverged, Interrupted, SaveFailed
-from alexnet_jax.evaluation import evaluate, versions
+from alexnet_jax.data.views import Views, create_views
+from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
+from alexnet_jax.evaluation import evaluate, measures_of
 from alexnet_jax.interrupts import stop_requests
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
-from alexnet_jax.models import create_model, describe
+from alexnet_jax.models import count_flops, create_model, describe, measure_fixed
 from alexnet_jax.optimizers import create_optimizer, create_schedule
 from alexnet_jax.state import TrainState, create_state, find_not_finite
 
 log = logging.getLogger(__name__)
+
+# What may be measured: the weights, their average, and both with several views of each image, of
+# which the last there is counts most.
+SPLITS = tuple(
+    f"{split}{views}{version}"
+    for split in ("validation", "test")
+    for views, version in itertools.product(("", "_tta"), ("", "_ema"))
+)
 
 # Enough to hide the cost of a dispatch from an accelerator's steps, which take milliseconds; a
 # CPU's take long enough to need one each, and would be compiled one after the other.
@@ -40,9 +60,11 @@ ACCELERATOR_STEPS_PER_DISPATCH = 32
 class Programs(NamedTuple):
     """The compiled functions of a run."""
 
-    create: Callable[[], TrainState]  # not compiled: also evaluated for its shapes alone
+    create: Callable[..., TrainState]  # not compiled: also evaluated for its shapes alone
+    fixed: Callable[[], dict[str, Any]]  # what `create` takes that is measured on the images
     advance: Callable[[int], Callable[..., tuple[TrainState, TrainMetrics]]]  # by number of steps
-    measure: Callable[[TrainState, batches.Batch], EvalMetrics]
+    measure: dict[str, Callable[[TrainState, batches.Batch], EvalMetrics]]  # by suffix of the split
+    placement: NamedSharding  # of the state
 
 
 def train_and_evaluate(
@@ -117,8 +139,11 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         )
         closing_all.enter_context(processes.nobody_left_waiting())  # not even by closing
         with processes.together():
-            state, progress = _restore_or_create(checkpoints, programs, mesh)
-        processes.same_everywhere(int(state.step), "the newest readable checkpoint")
+            state, progress = _restore_or_create(checkpoints, programs)
+        processes.same_everywhere(state.steps_taken, "the newest readable checkpoint")
+        if "whitening" in state.model_state:  # measured by each process for itself
+            measured = checksums.fingerprints(state.model_state["whitening"])
+            processes.same_everywhere(measured, "the whitening of the images")
         log.info(
             "Training on %s images, %s steps of %d an epoch, %d epochs, on %d %s%s.",
             f"{data.train_size:,}",
@@ -131,7 +156,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         )
         writer = writers.RunWriter(
             folder if first else None,
-            step=int(state.step),
+            step=state.steps_taken,
             total_steps=config.train.epochs * steps_per_epoch,
             steps_per_epoch=steps_per_epoch,
             seconds_before=progress["train_seconds"],
@@ -141,6 +166,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         stopped, state = _loop(config, data, programs, schedule, state, checkpoints, writer, mesh)
         if not stopped:
             results = _measure_at_the_end(config, data, programs, state, writer, mesh)
+            results["flops"] = count_flops(model, tuple(data.info["image_shape"]))
             results["best_step"] = checkpoints.best_step
     # All is written now, also by the threads and the process that write behind the run's back.
     with processes.together():
@@ -156,7 +182,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
             if not stopped:
                 run_folder.write_json(folder / run_folder.RESULTS, results)
     if stopped:
-        raise Interrupted(int(state.step))
+        raise Interrupted(state.steps_taken)
     return results
 
 
@@ -164,60 +190,94 @@ def _build(
     config: ConfigDict, model: nn.Module, schedule: optax.Schedule, data: RunData, mesh: Mesh
 ) -> Programs:
     """Ties the pure functions of `steps` and `state` to this run's options and devices."""
-    optimizer = create_optimizer(config.optimizer, schedule)
+    optimizer = create_optimizer(
+        config.optimizer, schedule, steps=config.train.epochs * data.steps_per_epoch
+    )
     normalize = augment.create_normalize(data.info["mean"], data.info["deviation"])
     one_step = functools.partial(
         steps.train_step,
         model=model,
         optimizer=optimizer,
         normalize=normalize,
-        augment=augment.create_augment(config.augment),
+        augment=augment.create_augment(config.augment, data.info["mean"]),
+        alternate_every=data.steps_per_epoch if config.augment.alternating_flip else 0,
         label_smoothing=config.train.label_smoothing,
         ema_decay=config.train.ema_decay,
     )
 
-    if isinstance(data.train, streamed.StreamedDataset):
+    count, in_turn = config.num_seeds, parallel.on_cpu(mesh)
+    if count > 1:
+        log.info(
+            "%d seeds from %d on, %s.", count, config.seed, "in turn" if in_turn else "all at once"
+        )
+    streams = isinstance(data.train, streamed.StreamedDataset)
+    if count > 1 and streams:
+        raise InputError(
+            f"config.num_seeds is {count}, and the images are streamed, in one order; many seeds "
+            "need them on the devices (config.data.resident), or a run each."
+        )
+    if streams:
         compiled = parallel.compile_update(one_step, mesh)
 
     @functools.cache
-    def advance(count: int) -> Callable[..., tuple[TrainState, TrainMetrics]]:
-        if isinstance(data.train, streamed.StreamedDataset):
-            return functools.partial(streamed.advance, step_fn=compiled, num_steps=count)
+    def advance(num_steps: int) -> Callable[..., tuple[TrainState, TrainMetrics]]:
+        if streams:
+            return functools.partial(streamed.advance, step_fn=compiled, num_steps=num_steps)
+        whole = count > 1 and replicas.spread(count, mesh)  # a batch on one device
         several = functools.partial(
             steps.train_steps,
             step_fn=one_step,
-            num_steps=count,
+            num_steps=num_steps,
             batch_size=config.train.batch_size,
-            constrain=parallel.split_batch(mesh),
+            constrain=(lambda batch: batch) if whole else parallel.split_batch(mesh),
             unroll=parallel.on_cpu(mesh),
         )
+        if count > 1:
+            return replicas.compile_update(several, count, mesh, in_turn=in_turn)
         return parallel.compile_update(several, mesh)
 
-    return Programs(
-        create=functools.partial(
+    def measure(views: Views | None) -> Callable[[TrainState, batches.Batch], EvalMetrics]:
+        step = functools.partial(steps.eval_step, model=model, normalize=normalize, views=views)
+        if count > 1:
+            return replicas.compile_reading(step, count, mesh, in_turn=in_turn)
+        return parallel.compile_reading(step, mesh)
+
+    def create(fixed: Mapping[str, Any] | None = None) -> TrainState:
+        create_one = functools.partial(
             create_state,
             model,
             optimizer,
             tuple(data.info["image_shape"]),
-            config.seed,
             ema=config.train.ema_decay > 0,
+            fixed=fixed,
+        )
+        if count > 1:
+            return replicas.create(create_one, replicas.seeds(config.seed, count))
+        return create_one(config.seed)
+
+    measures = {"": measure(None)}
+    if views := create_views(config.test.views, config.augment.crop_padding):
+        measures["_tta"] = measure(views)
+    return Programs(
+        create=create,
+        fixed=functools.partial(
+            measure_fixed, model, data.sample, data.info["mean"], data.info["deviation"]
         ),
         advance=advance,
-        measure=parallel.compile_reading(
-            functools.partial(steps.eval_step, model=model, normalize=normalize), mesh
-        ),
+        measure=measures,
+        placement=replicas.state_sharding(count, mesh) if count > 1 else parallel.replicated(mesh),
     )
 
 
 def _restore_or_create(
-    checkpoints: Checkpoints, programs: Programs, mesh: Mesh
+    checkpoints: Checkpoints, programs: Programs
 ) -> tuple[TrainState, dict[str, Any]]:
-    everywhere = parallel.replicated(mesh)
     # The shapes say all that a restore needs, so nothing is initialised in vain.
-    restored = checkpoints.restore(jax.eval_shape(programs.create), everywhere)
+    restored = checkpoints.restore(jax.eval_shape(programs.create), programs.placement)
     if restored is None:
-        return jax.jit(programs.create, out_shardings=everywhere)(), {"train_seconds": 0.0}
-    log.info("Going on from step %s.", f"{int(restored[0].step):,}")
+        create = functools.partial(programs.create, fixed=programs.fixed())
+        return jax.jit(create, out_shardings=programs.placement)(), {"train_seconds": 0.0}
+    log.info("Going on from step %s.", f"{restored[0].steps_taken:,}")
     return restored
 
 
@@ -237,7 +297,7 @@ def _loop(
     per_dispatch = config.train.steps_per_dispatch or (
         1 if parallel.on_cpu(mesh) else ACCELERATOR_STEPS_PER_DISPATCH
     )
-    step = int(state.step)
+    step = state.steps_taken
     if step < total_steps:
         log.info("Compiling the training step, which takes some seconds.")
     last_save = time.monotonic()
@@ -249,12 +309,14 @@ def _loop(
 
     def tell(last: int, count: int, metrics: TrainMetrics) -> None:
         """Waits for a dispatch that ended at step `last`, and writes what it measured."""
-        figures = {name: float(value) for name, value in jax.device_get(metrics).compute().items()}
+        measured = replicas.compute(metrics)
+        figures = replicas.summary(measured)
         rate = rate_at(last)
         if not math.isfinite(figures["loss"]):
-            raise _diverged(f"the loss is {figures['loss']}", last, rate)
+            whose = replicas.not_finite(measured["loss"], config.seed)
+            raise _diverged(f"the loss{whose} is {figures['loss']}", last, rate)
         figures["learning_rate"] = rate
-        writer.trained(last, count * config.train.batch_size, figures)
+        writer.trained(last, count * config.train.batch_size * config.num_seeds, figures)
 
     feeding = data.train.feed(steps.order_key(state.key), step)
     with stop_requests() as stop_requested, feeding as feed:
@@ -279,7 +341,8 @@ def _loop(
                 pending = None
                 # A loss is of the parameters before its step: those after may be worse.
                 if broken := find_not_finite(state):
-                    raise _diverged(f"{broken} is not finite", step, rate_at(step))
+                    whose = replicas.states_not_finite(state, config.seed)
+                    raise _diverged(f"{broken}{whose} is not finite", step, rate_at(step))
                 accuracy = _validate(data, programs, state, writer) if epoch_ends else None
                 checkpoints.save(state, {"train_seconds": writer.seconds}, accuracy)
                 last_save = time.monotonic()
@@ -302,17 +365,18 @@ def _validate(
     """Measures the network on the validation images; returns the accuracy to judge it by."""
     if not data.validation:
         return None
-    step = int(state.step)
-    results = evaluate(programs.measure, versions(state, "validation"), data.validation)
+    step = state.steps_taken
+    measures = measures_of({"": programs.measure[""]}, state, "validation")
+    results = evaluate(measures, data.validation)
     for split, result in results.items():
-        figures = {name: float(result[name]) for name in ("loss", "accuracy")}
+        figures = replicas.summary({name: result[name] for name in ("loss", "accuracy")})
         writer.measured(step, split, figures)
         log.info(
-            "step %s, %s: loss %.4f, accuracy %.2f%%; %s left",
+            "step %s, %s: loss %.4f, accuracy %s; %s left",
             f"{step:,}",
             split,
             figures["loss"],
-            100 * figures["accuracy"],
+            replicas.show_accuracy(figures),
             writers.duration(writer.progress.seconds_left(step)),
         )
     return figures["accuracy"]  # of the averaged weights, where they are kept
@@ -328,10 +392,11 @@ def _measure_at_the_end(
 ) -> dict[str, Any]:
     """Measures the finished network on the validation and test images; returns the results."""
     results: dict[str, Any] = {
-        "step": int(state.step),
+        "step": state.steps_taken,
         "epochs": config.train.epochs,
         "train_seconds": round(writer.seconds, 3),
-        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)) // config.num_seeds,
+        "seeds": replicas.seeds(config.seed, config.num_seeds).tolist(),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "versions": {
             name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")
@@ -339,10 +404,13 @@ def _measure_at_the_end(
     }
     log.info("Reading the test set, for the first and only time.")
     for split, batched in (("validation", data.validation), ("test", data.read_test())):
-        for name, result in evaluate(programs.measure, versions(state, split), batched).items():
-            figures = {key: float(result[key]) for key in ("loss", "accuracy")}
-            results[name] = figures | {"confusion": np.asarray(result["confusion"]).tolist()}
-            if split == "test":  # the validation's stand there already
+        measures = measures_of(programs.measure, state, split)
+        for name, result in evaluate(measures, batched).items():
+            figures = replicas.summary({key: result[key] for key in ("loss", "accuracy")})
+            confusion = np.asarray(result["confusion"])  # of all replicas together
+            confusion = confusion.reshape(-1, *confusion.shape[-2:]).sum(0)
+            results[name] = figures | {"confusion": confusion.tolist()}
+            if split == "test" or "_tta" in name:  # the others stand there already
                 writer.measured(results["step"], name, figures)
     return results
 
@@ -350,16 +418,16 @@ def _measure_at_the_end(
 def _tell_results(results: dict[str, Any], folder: Path) -> None:
     """Tells how good the network is, on what, and where everything lies."""
     names = run_folder.read_json(folder / run_folder.DATASET)["class_names"]
-    tested = "test_ema" if "test_ema" in results else "test"
+    tested = next(split for split in reversed(SPLITS) if split in results)
     table = report.class_table(np.array(results[tested]["confusion"]), tuple(names))
     log.info("\nTest set, class by class:\n%s\n", table)
-    for split in ("validation", "validation_ema", "test", "test_ema"):
+    for split in SPLITS:
         if split in results:
             log.info(
-                "%-14s loss %.4f  accuracy %.2f%%",
+                "%-18s loss %.4f  accuracy %s",
                 split,
                 results[split]["loss"],
-                100 * results[split]["accuracy"],
+                replicas.show_accuracy(results[split]),
             )
     log.info(
         "\n%s steps, %d epochs, %s of training. Everything lies in %s:\n"

@@ -25,14 +25,19 @@ class MetricsFile:
     """``metrics.jsonl``: one JSON object a line, in the order of the steps.
 
     Each has `step`, `epoch` and `split` ("train", "validation", "validation_ema", "test",
-    "test_ema") beside its figures.
+    "test_ema", with "_tta" where several views were averaged) beside its figures.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        """Opens the file, dropping what comes again: all after `last_step`, any test figures."""
-        # Those are written at the very end; a run that goes on was killed before it was finished.
-        again = ("test", "test_ema")
-        kept = [r for r in read_metrics(path) if r["step"] <= last_step and r["split"] not in again]
+        """Opens the file, dropping what comes again: all after `last_step`, and of the end."""
+        # A run that goes on was killed before it was finished.
+        kept = [
+            record
+            for record in read_metrics(path)
+            if record["step"] <= last_step
+            and not record["split"].startswith("test")
+            and "_tta" not in record["split"]
+        ]
         write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         trained = max((r["step"] for r in kept if r["split"] == "train"), default=0)
         if trained < last_step:

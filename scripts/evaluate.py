@@ -62,7 +62,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         given = getattr(options, f"data.{key}")
         if given is not None:
             data[key] = given
-    evaluation = evaluate_network(network, options.split, data)
+    evaluation = evaluate_network(network, options.split, data, options.views)
     report = _report(network, evaluation)
     if options.json == "-":
         print(json.dumps(report, indent=2))
@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data.data_dir", metavar="DIR", help="where data sets lie (default: as the run had it)"
+    )
+    parser.add_argument(
+        "--views",
+        metavar="NAME",
+        help="of each image, whose answers are averaged: flip, flip_translate, ten_crop, or none "
+        "(default: as the run had it)",
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures there; - prints them")
     return parser
@@ -122,8 +128,9 @@ def _describe(network: "Network", evaluation: "Evaluation") -> str:
     ]
     for name, result in evaluation.results.items():
         weights = "averaged weights" if name.endswith("_ema") else "weights"
+        weights += ", views" if "_tta" in name else ""
         lines.append(
-            f"{weights:<16}  loss {result['loss']:.4f}  accuracy {100 * result['accuracy']:.2f}%"
+            f"{weights:<23}  loss {result['loss']:.4f}  accuracy {100 * result['accuracy']:.2f}%"
         )
     *_, (name, judged) = evaluation.results.items()
     of = ", of the averaged weights" if name.endswith("_ema") else ""

@@ -5,9 +5,11 @@ import pytest
 
 from alexnet_jax.config import default_config
 from alexnet_jax.data.augment import (
+    alternating_flip,
     channel_statistics,
     create_augment,
     create_normalize,
+    cutout,
     random_crop,
     random_flip,
 )
@@ -100,6 +102,76 @@ def test_each_augmentation_can_be_off(padding, flip):
     if not flip:
         for image, output in zip(images, outputs, strict=True):
             corner(image, output)
+
+
+def test_black_fills_the_border_with_zeros():
+    images = noise(200) | 1  # no pixel is black by itself
+    cropped = np.asarray(random_crop(KEY, images, PADDING, "black"))
+    padded = np.pad(images, [(0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)])
+    reflected = np.asarray(random_crop(KEY, images, PADDING))
+    for image, output, other in zip(padded, cropped, reflected, strict=True):
+        y, x = np.argwhere((windows_of(image) == output).all((2, 3, 4)))[0]
+        same = output > 0  # the same window, apart from the border
+        np.testing.assert_array_equal(output[same], other[same])
+        assert (output == 0).any() == ((y, x) != (PADDING, PADDING))
+
+
+def windows_of(padded):
+    """[y, x, H, W, C], each window of a padded image."""
+    return np.moveaxis(np.lib.stride_tricks.sliding_window_view(padded, (9, 7), (0, 1)), 2, -1)
+
+
+def test_alternating_flip_mirrors_each_image_in_every_other_epoch():
+    images = noise(400)
+    epochs = [np.asarray(alternating_flip(KEY, jnp.int32(epoch), images)) for epoch in range(4)]
+    mirrored = [(epoch == images[:, :, ::-1]).all((1, 2, 3)) for epoch in epochs]
+    assert 150 <= mirrored[0].sum() <= 250  # 200, give or take 10
+    for epoch, seen in enumerate(epochs):
+        np.testing.assert_array_equal(mirrored[epoch], mirrored[0] ^ bool(epoch % 2))
+        np.testing.assert_array_equal(seen[~mirrored[epoch]], images[~mirrored[epoch]])
+    # It goes by the image, wherever that stands in a batch, and by the key.
+    order = np.random.default_rng(0).permutation(400)
+    shuffled = alternating_flip(KEY, jnp.int32(0), images[order])
+    np.testing.assert_array_equal(shuffled, epochs[0][order])
+    other = np.asarray(alternating_flip(jax.random.key(1), jnp.int32(0), images))
+    differs = (other != epochs[0]).any((1, 2, 3))
+    assert 150 <= differs.sum() <= 250
+
+
+def test_alternating_flip_tells_similar_images_apart():
+    images = np.zeros((1000, 8, 8, 3), np.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = np.arange(1000) % 250, np.arange(1000) // 250
+    images[:, 0, 7, 0] = 255
+    seen = np.asarray(alternating_flip(KEY, jnp.int32(0), images))
+    assert 420 <= (seen[:, 0, 0, 0] == 255).sum() <= 580
+
+
+@pytest.mark.parametrize("side", [3, 4])
+def test_cutout_covers_one_square(side):
+    images = noise(800, 9, 7) | 1
+    covered = np.asarray(jax.jit(cutout, static_argnums=(2, 3))(KEY, images, side, (0, 2, 4)))
+    centres = set()
+    for image, output in zip(images, covered, strict=True):
+        gone = (output == np.array([0, 2, 4])).all(-1)
+        np.testing.assert_array_equal(output[~gone], image[~gone])
+        rows, columns = gone.any(1), gone.any(0)
+        np.testing.assert_array_equal(gone, np.outer(rows, columns))
+        # As long as the square, or cut off by an edge.
+        for line in (rows, columns):
+            (at,) = np.nonzero(line)
+            assert len(at) == at[-1] - at[0] + 1 <= side
+            assert len(at) == side or at[0] == 0 or at[-1] == len(line) - 1
+        centres.add((rows.tobytes(), columns.tobytes()))
+    assert len(centres) == 63  # any pixel
+
+
+def test_cutout_covers_with_the_mean_and_leaves_other_draws():
+    images = noise(50)
+    plain = create_augment(augment_section())(KEY, images)
+    with_it = create_augment(augment_section(cutout=3), (0.2, 0.4, 0.6))(KEY, images)
+    changed = (np.asarray(plain) != np.asarray(with_it)).any(-1)
+    assert changed.any((1, 2)).all()
+    assert (np.asarray(with_it)[changed] == [51, 102, 153]).all()
 
 
 def test_channel_statistics_agree_with_numpy():

@@ -138,6 +138,8 @@ def near(default):
         return st.integers(0, 40)
     if type(default) is float:
         return st.floats(0, 1) | st.integers(0, 2)
+    if default == ():  # that of patterns and their factors
+        return st.sampled_from([(), ("norm*/bias",), (64.0,)])
     if type(default) is tuple:
         items = near(default[0])
         return st.lists(items, min_size=len(default), max_size=len(default)).map(tuple)

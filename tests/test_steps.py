@@ -15,11 +15,12 @@ from alexnet_jax import parallel
 from alexnet_jax.config import default_config
 from alexnet_jax.data.augment import create_augment, create_normalize
 from alexnet_jax.data.batches import epoch_order, padded_batches
+from alexnet_jax.data.views import create_views
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.optimizers import create_optimizer
 from alexnet_jax.state import TrainState, create_state
-from alexnet_jax.steps import ORDER_STREAM, eval_step, train_step, train_steps
+from alexnet_jax.steps import ORDER_STREAM, eval_step, predict_step, train_step, train_steps
 
 CLASSES, SIZE = 5, 16
 NORMALIZE = create_normalize((0.5, 0.4, 0.3), (0.3, 0.25, 0.2))
@@ -503,3 +504,34 @@ def test_evaluation_counts_every_image_once(how, batch_size, strict_dtypes):
     np.testing.assert_array_equal(
         ours["confusion"], confusion_matrix(labels, predicted, labels=range(CLASSES))
     )
+
+
+def test_views_are_predicted_one_by_one_and_averaged():
+    model = network(depth=1, norm="batch")
+    state = new_state(model)
+    images = examples(0, 6)[0]
+    predict = functools.partial(predict_step, model=model, normalize=NORMALIZE)
+    ours = jax.jit(functools.partial(predict, views=create_views("flip")))(state, images)
+    theirs = (predict(state, images) + predict(state, images[:, :, ::-1])) / 2
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_images_are_mirrored_by_epoch_and_not_by_step():
+    seen = []
+    model = network(depth=1)
+    state, batch = new_state(model), batch_of(0)
+
+    def look(key, images):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), images)
+        return images
+
+    step = jax.jit(step_of(model, augment=look, alternate_every=2))
+    for count in range(4):  # two epochs of two steps
+        step(state.replace(step=jnp.int32(count)), batch)
+    jax.effects_barrier()
+    first, second, third, fourth = seen
+    np.testing.assert_array_equal(second, first)
+    np.testing.assert_array_equal(third, first[:, :, ::-1])
+    np.testing.assert_array_equal(fourth, third)
+    assert (first != batch["image"]).any()
+    assert (third != batch["image"]).any()

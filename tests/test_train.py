@@ -271,7 +271,21 @@ def test_steps_per_dispatch_changes_only_the_records(whole_run, config, tmp_path
     "changes",
     [
         {"optimizer.name": "adamw", "optimizer.weight_decay": 0.01, "train.label_smoothing": 0.1},
-        {"optimizer.name": "sgd", "optimizer.clip_norm": 1.0, "optimizer.accumulate_steps": 2},
+        {
+            "optimizer.name": "sgd",
+            "optimizer.clip_norm": 1.0,
+            "optimizer.accumulate_steps": 2,
+            "optimizer.muon_rate": 0.05,
+            "optimizer.rate_patterns": ("norm*/bias",),
+            "optimizer.rate_factors": (64.0,),
+            "optimizer.lookahead_period": 2,
+            "model.whitening": 2,
+            "model.activation": "gelu",
+            "augment.flip": True,
+            "augment.alternating_flip": True,
+            "augment.cutout": 2,
+            "test.views": "flip",
+        },
         {"data.validation_fraction": 0.0, "train.ema_decay": 0.0, "model.norm": "none"},
         {"model.dtype": "bfloat16", "optimizer.schedule": "step", "augment.crop_padding": 0},
     ],
@@ -282,6 +296,10 @@ def test_options_run(config, tmp_path, changes):
     results = train_and_evaluate(config, tmp_path / "run")
     assert np.isfinite(results["test"]["loss"])
     assert ("validation" in results) == (config.data.validation_fraction > 0)
+    if config.test.views != "none":
+        assert results.keys() >= {"validation_tta", "test_tta", "test_tta_ema"}
+        assert records(tmp_path / "run")[-1]["split"] == "test_tta_ema"
+        assert results["test_tta"]["loss"] != results["test"]["loss"]
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatch):

@@ -12,20 +12,22 @@ Augment = Callable[[Array, Array], Array]  # (key, uint8[B, H, W, C]) -> uint8[B
 Normalize = Callable[[Array], Array]  # uint8[B, H, W, C] -> float32[B, H, W, C]
 
 
-def random_crop(key: Array, images: Array, padding: int) -> Array:
-    """Shifts each image by up to `padding` pixels, filling the border by reflection.
+def random_crop(key: Array, images: Array, padding: int, fill: str = "reflect") -> Array:
+    """Shifts each image by up to `padding` pixels, and fills the border.
 
     Args:
         key: Random key.
         images: [B, H, W, C].
         padding: Largest shift in pixels, less than H and W.
+        fill: "reflect" fills by reflection, "black" with zeros.
 
     Returns:
         [B, H, W, C], as if each image had been padded on all sides and cropped at random.
     """
     batch, height, width, channels = images.shape
     edge = (padding, padding)
-    padded = jnp.pad(images, ((0, 0), edge, edge, (0, 0)), mode="reflect")
+    mode = "reflect" if fill == "reflect" else "constant"
+    padded = jnp.pad(images, ((0, 0), edge, edge, (0, 0)), mode=mode)
     corners = jax.random.randint(key, (batch, 2), 0, 2 * padding + 1)
 
     def crop(image: Array, corner: Array) -> Array:
@@ -41,15 +43,67 @@ def random_flip(key: Array, images: Array) -> Array:
     return jnp.where(mirrored, images[:, :, ::-1], images)
 
 
-def create_augment(config: ConfigDict) -> Augment:
-    """Chains what a `config.augment` section asks for; the identity if it asks for nothing."""
+def alternating_flip(key: Array, epoch: Array, images: Array) -> Array:
+    """Mirrors each image left-right in every other epoch, a random half of them in the first.
+
+    So each image is seen both ways in any two epochs (Jordan, 2024, "94% on CIFAR-10 in 3.29
+    seconds on a single GPU"). Which half an image belongs to follows from its own pixels, by a
+    random hash: no number of it has to travel with it, wherever it comes from.
+
+    Args:
+        key: The same in all epochs.
+        epoch: int32[], from 0.
+        images: uint8[B, H, W, C], as the data set has them.
+    """
+    factors = jax.random.bits(key, (1, *images.shape[1:]), jnp.uint32)
+    hashes = (images.astype(jnp.uint32) * factors).sum((1, 2, 3), dtype=jnp.uint32)
+    # Multiplied by random numbers, the highest bit is the most evenly spread.
+    mirrored = (hashes >> 31) ^ (epoch.astype(jnp.uint32) & 1)
+    return jnp.where(mirrored.astype(bool).reshape(-1, 1, 1, 1), images[:, :, ::-1], images)
+
+
+def cutout(key: Array, images: Array, side: int, fill: tuple[int, ...]) -> Array:
+    """Covers a square of each image (DeVries and Taylor, 2017).
+
+    Its centre is any pixel, so that it may reach beyond the edge.
+
+    Args:
+        key: Random key.
+        images: uint8[B, H, W, C].
+        side: Of the square, in pixels.
+        fill: Colour of the square; that of the data set's mean makes it 0 once normalised.
+    """
+    batch, height, width, _ = images.shape
+    keys = jax.random.split(key)
+
+    def covered(key: Array, length: int) -> Array:
+        centre = jax.random.randint(key, (batch, 1), 0, length)
+        distance = jnp.arange(length).reshape(1, -1) - centre + side // 2
+        return (distance >= 0) & (distance < side)
+
+    rows, columns = covered(keys[0], height), covered(keys[1], width)
+    square = rows[:, :, None, None] & columns[:, None, :, None]
+    return jnp.where(square, jnp.array(fill, jnp.uint8).reshape(1, 1, 1, -1), images)
+
+
+def create_augment(config: ConfigDict, mean: tuple[float, ...] = (0.5, 0.5, 0.5)) -> Augment:
+    """Chains what a `config.augment` section asks for; the identity if it asks for nothing.
+
+    Args:
+        config: The section; its `alternating_flip` is a matter of the step, which knows the epoch.
+        mean: Of each channel, on the scale 0..1, for what is to be covered.
+    """
+    fill = tuple(round(255 * value) for value in mean)
 
     def augment(key: Array, images: Array) -> Array:
         crop_key, flip_key = jax.random.split(key)
         if config.crop_padding:
-            images = random_crop(crop_key, images, config.crop_padding)
-        if config.flip:
+            images = random_crop(crop_key, images, config.crop_padding, config.crop_fill)
+        if config.flip and not config.alternating_flip:
             images = random_flip(flip_key, images)
+        if config.cutout:
+            # Folded in, so that the other draws are the same with it and without.
+            images = cutout(jax.random.fold_in(key, 2), images, config.cutout, fill)
         return images
 
     return augment

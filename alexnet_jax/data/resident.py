@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -51,12 +52,13 @@ class ResidentDataset:
         """Opens what `steps.train_steps` takes: all images, and the order of a step's epoch.
 
         Args:
-            key: Of `batches.epoch_order`.
+            key: Of `batches.epoch_order`, or keys[R] of replicas, whose orders are int32[R, N].
             step: Where the run stands; any other may be asked for, too.
         """
         size = len(self.arrays["label"])
+        one = functools.partial(batches.epoch_order, size=size)
         order = parallel.compile_reading(
-            functools.partial(batches.epoch_order, size=size), self.mesh
+            jax.vmap(one, in_axes=(0, None)) if key.ndim else one, self.mesh
         )
 
         @functools.lru_cache(maxsize=1)  # to sort 45,000 random keys takes a CPU 30 ms
@@ -75,6 +77,7 @@ class RunData(NamedTuple):
         steps_per_epoch: Whole batches in N images.
         validation: Batches that are split over the devices; none if no images are held out.
         read_test: Returns the batches of the test set; for the end of the run.
+        sample: Returns about so many of the training images, evenly spaced, uint8[n, S, S, 3].
         info: What ``dataset.json`` holds: names of the classes, shape, mean and deviation,
             checksums of the files.
     """
@@ -84,6 +87,7 @@ class RunData(NamedTuple):
     steps_per_epoch: int
     validation: list[batches.Batch] | StreamedBatches
     read_test: Callable[[], list[batches.Batch] | StreamedBatches]
+    sample: Callable[[int], np.ndarray]
     info: dict[str, Any]
 
 
@@ -148,6 +152,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
         steps_per_epoch=len(first) // config.train.batch_size,
         validation=validation,
         read_test=functools.partial(measure_on, test),
+        sample=lambda count: source.read(first[_evenly_spaced(len(first), count)])[0],
         info={
             "name": config.data.name,
             "class_names": list(source.class_names),

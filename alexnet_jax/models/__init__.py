@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu.parameter_overview import get_parameter_overview
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from alexnet_jax.errors import InputError, show
+from alexnet_jax.models import whitening
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.ops import PLAIN, Ops
 
@@ -66,12 +69,15 @@ def create_model(
     return model_class(num_classes=num_classes, axis_name=axis_name, ops=ops, **options)
 
 
-def check_model(config: ConfigDict, image_size: int) -> None:
+def check_model(config: ConfigDict, image_size: int) -> dict[str, Any]:
     """Refuses options that the network cannot be built with, without building it.
 
     Args:
         config: The section `config.model`.
         image_size: Side of the images, in pixels.
+
+    Returns:
+        The shapes of its variables, by collection.
 
     Raises:
         InputError: Names the option, its value, and what would be right.
@@ -86,6 +92,41 @@ def check_model(config: ConfigDict, image_size: int) -> None:
             f"{MAX_PARAMETERS:,}: make its layers narrower, or pool more before the first of "
             "config.model.hidden."
         )
+    return variables
+
+
+def measure_fixed(
+    model: nn.Module,
+    sample: Callable[[int], np.ndarray],
+    mean: tuple[float, ...],
+    deviation: tuple[float, ...],
+) -> dict[str, Any]:
+    """Measures what a network takes from the training images and never trains.
+
+    Args:
+        model: A network.
+        sample: Returns about so many training images, uint8[N, H, W, C]; called if need be.
+        mean: Of each channel, on the scale 0..1, as the network's input is normalised by.
+        deviation: Likewise.
+
+    Returns:
+        Collections of variables for `state.create_state`, by name; mostly none.
+    """
+    side = getattr(model, "whitening", 0)
+    if not side:
+        return {}
+    images = sample(whitening.MOST_IMAGES)
+    kernels = whitening.whitening_kernels(images, mean, deviation, side)
+    return {whitening.COLLECTION: {whitening.NAME: {"kernel": kernels}}}
+
+
+def count_flops(model: nn.Module, image_shape: tuple[int, ...]) -> float:
+    """Counts the FLOPs of the forward pass of one image (H, W, C), two for each product."""
+    images = jnp.zeros((1, *image_shape))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    plain = model.clone(ops=PLAIN)  # the same number whatever computes it
+    forward = jax.jit(lambda variables: plain.apply(variables, images, train=False))
+    return float((forward.lower(variables).cost_analysis() or {}).get("flops", float("nan")))
 
 
 def describe(model: nn.Module, image_shape: tuple[int, ...]) -> str:
@@ -97,8 +138,6 @@ def describe(model: nn.Module, image_shape: tuple[int, ...]) -> str:
     """
     images = jnp.zeros((1, *image_shape))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-    plain = model.clone(ops=PLAIN)  # the same number whatever computes it
-    forward = jax.jit(lambda variables: plain.apply(variables, images, train=False))
-    flops = (forward.lower(variables).cost_analysis() or {}).get("flops", float("nan"))
+    flops = count_flops(model, image_shape)
     table = get_parameter_overview(variables["params"], include_stats=False)
     return f"{table}\nForward pass of one image: {flops / 1e6:,.1f} million FLOPs"

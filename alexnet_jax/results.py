@@ -1,0 +1,249 @@
+"""What finished runs amount to: mean, deviation and confidence over seeds, as a table."""
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from alexnet_jax import run_folder
+from alexnet_jax.config import FREE_KEYS, flatten
+from alexnet_jax.errors import InputError
+
+# What may differ between the runs of a row.
+_SEED_KEYS = ("seed", "num_seeds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run folder: what its files hold."""
+
+    folder: Path
+    options: dict[str, Any]  # "section.key" to value
+    dataset: dict[str, Any]
+    results: dict[str, Any]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of its replicas."""
+        return list(self.results.get("seeds", [self.options["seed"]]))
+
+    def accuracies(self, views: str = "") -> list[float]:
+        """Returns the test accuracy of each seed, 0..1; none if it was not measured so.
+
+        Args:
+            views: "" for plain images, "_tta" for the average of several views.
+        """
+        # Where weights are averaged, their average is what the run was for.
+        for split in (f"test{views}_ema", f"test{views}"):
+            if split in self.results:
+                found = self.results[split]
+                return list(found.get("accuracy_each", [found["accuracy"]]))
+        return []
+
+    @property
+    def images_trained(self) -> int:
+        """Images that passed through training, over all epochs and seeds."""
+        steps_per_epoch = self.dataset["images"]["train"] // self.options["train.batch_size"]
+        images = steps_per_epoch * self.options["train.batch_size"]
+        return images * self.results["epochs"] * len(self.seeds)
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run folder.
+
+    Raises:
+        InputError: It is none, or the run is not finished.
+    """
+    names = (run_folder.CONFIG, run_folder.DATASET, run_folder.RESULTS)
+    options, dataset, results = (run_folder.read_json(folder / name) for name in names)
+    if options is None:
+        raise InputError(f"{folder} is no run folder: it has no {run_folder.CONFIG}.")
+    if dataset is None or results is None:
+        raise InputError(
+            f"the run in {folder} is not finished; give its command again, which goes on."
+        )
+    return Run(folder, options, dataset, results)
+
+
+def group(runs: Sequence[Run]) -> list[list[Run]]:
+    """Puts runs together that differ in nothing but their seeds, in the order they came.
+
+    Raises:
+        InputError: A seed comes twice, which would count it twice.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        same = {k: v for k, v in run.options.items() if k not in FREE_KEYS | set(_SEED_KEYS)}
+        groups.setdefault(repr((sorted(same.items()), run.dataset["checksums"])), []).append(run)
+    for members in groups.values():
+        where: dict[int, Path] = {}
+        for run in members:
+            for seed in run.seeds:
+                if seed in where:
+                    raise InputError(
+                        f"{where[seed]} and {run.folder} are the same run with the same seed, "
+                        f"{seed}; name one of them."
+                    )
+                where[seed] = run.folder
+    return list(groups.values())
+
+
+def confidence(values: Sequence[float], level: float = 0.95) -> float:
+    """Returns half the width of the interval that holds the mean with a confidence, by Student's t.
+
+    Args:
+        values: At least two; of one there is none, and NaN is returned.
+        level: Between 0 and 1.
+    """
+    if len(values) < 2:
+        return math.nan
+    error = np.std(values, ddof=1) / len(values) ** 0.5
+    return float(stats.t.ppf((1 + level) / 2, len(values) - 1) * error)
+
+
+def _percent(values: Sequence[float]) -> tuple[str, str, str]:
+    """Mean, deviation, and 95% interval, as texts."""
+    if not values:
+        return "-", "-", "-"
+    mean = 100 * float(np.mean(values))
+    if len(values) == 1:
+        return f"{mean:.2f}", "-", "-"
+    half = 100 * confidence(values)
+    deviation = 100 * float(np.std(values, ddof=1))
+    return f"{mean:.2f}", f"{deviation:.2f}", f"{mean - half:.2f} - {mean + half:.2f}"
+
+
+_COLUMNS = (
+    "recipe",
+    "test accuracy (%)",
+    "deviation",
+    "95% interval",
+    "with views (%)",
+    "deviation",
+    "seeds",
+    "epochs",
+    "training (s)",
+    "images/s",
+    "parameters (M)",
+    "MFLOPs",
+)
+
+
+def table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> str:
+    """Lays out a row for each group, in Markdown, and below on what and how each was made.
+
+    The time is of one seed, from start to end, with the measurements on validation images.
+
+    Args:
+        groups: Of `group`.
+        names: Of the rows.
+    """
+    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+    for members, name in zip(groups, names, strict=True):
+        plain = [accuracy for run in members for accuracy in run.accuracies()]
+        views = [accuracy for run in members for accuracy in run.accuracies("_tta")]
+        seconds = sum(run.results["train_seconds"] for run in members)
+        pace = sum(run.images_trained for run in members) / max(seconds, 1e-9)
+        first = members[0].results
+        flops = first.get("flops")
+        cells = [
+            name,
+            *_percent(plain),
+            *_percent(views)[:2],
+            str(len(plain)),
+            str(first["epochs"]),
+            f"{seconds / len(plain):,.0f}",
+            f"{pace:,.0f}",
+            f"{first['parameters'] / 1e6:.2f}",
+            "-" if flops is None else f"{flops / 1e6:,.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    for members, name in zip(groups, names, strict=True):
+        example = members[0]
+        seeds = sorted(seed for run in members for seed in run.seeds)
+        hardware = sorted({run.results["devices"] for run in members})
+        data, images = example.dataset["name"], example.dataset["images"]
+        lines.append(
+            f"- **{name}**: {data}, trained on {images['train']:,} images, tested "
+            f"on {images['test']:,}; {', '.join(hardware)}; seeds {', '.join(map(str, seeds))}.  \n"
+            f"  `{command(example)}`"
+        )
+    return "\n".join(lines)
+
+
+def command(run: Run, configs: Path | None = None) -> str:
+    """Returns a command that makes such a run: the nearest config file, and what differs from it.
+
+    Args:
+        run: Its seed is left out.
+        configs: Folder of the config files; None is the project's.
+    """
+    folder = configs or Path(__file__).parents[1] / "configs"
+    candidates = []
+    for path in sorted(folder.glob("*.py")):
+        options = _options_of(path)
+        if options.keys() == run.options.keys():
+            changed = {
+                key: value
+                for key, value in run.options.items()
+                if _plain(value) != _plain(options[key]) and key not in FREE_KEYS | set(_SEED_KEYS)
+            }
+            candidates.append((len(changed), path.name, changed))
+    if not candidates:
+        return "python -m alexnet_jax.main (of an earlier version)"
+    _, name, changed = min(candidates, key=lambda candidate: candidate[:2])
+    flags = [
+        f"--{'' if value else 'no'}config.{key}"
+        if isinstance(value, bool)
+        else f"--config.{key}={_flag(value)}"
+        for key, value in changed.items()
+    ]
+    return " ".join(["python -m alexnet_jax.main", f"--config=configs/{name}", *flags])
+
+
+def _flag(value: Any) -> str:
+    if isinstance(value, list):
+        inner = ",".join(repr(item) for item in value)
+        return f'"({inner}{"," * (len(value) == 1)})"'
+    return str(value)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, which knows no tuples, and one kind of number."""
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _options_of(path: Path) -> dict[str, Any]:
+    """Runs a config file of the project, and returns its options."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return dict(flatten(module.get_config()))
+
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def put_between_marks(path: Path, text: str) -> None:
+    """Replaces what stands between `BEGIN` and `END` in a file.
+
+    Raises:
+        InputError: The file cannot be read, or has no such marks.
+    """
+    try:
+        content = path.read_text()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
+    before, begin, rest = content.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise InputError(f"{path} has no lines {BEGIN} and {END} to put the table between.")
+    run_folder.write_whole(path, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())

@@ -1,0 +1,79 @@
+"""From the classic recipe on CIFAR-10 to the best, one change a row; `:3` is the fourth of them.
+
+python scripts/ablation.py
+
+runs them all; a single one:
+
+python -m alexnet_jax.main --config=configs/ablation.py:3
+"""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# What each row changes on top of those before it; the last is configs/cifar10_best.py.
+STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("classic", {}),
+    ("batch_norm", {"model.norm": "batch", "model.norm_momentum": 0.6, "model.norm_scale": False}),
+    ("hidden_1024", {"model.hidden": (1024, 1024)}),
+    ("little_dropout", {"model.dropout": 0.1}),
+    (
+        "adamw",
+        {
+            "optimizer.name": "adamw",
+            "optimizer.learning_rate": 2e-3,
+            "optimizer.weight_decay": 0.02,
+        },
+    ),
+    ("batch_500", {"train.batch_size": 500}),
+    ("linear", {"optimizer.schedule": "linear"}),
+    ("label_smoothing", {"train.label_smoothing": 0.2}),
+    ("whitening", {"model.whitening": 2}),
+    ("dirac", {"model.kernel_init": "dirac"}),
+    ("gelu_after_pooling", {"model.activation": "gelu", "model.pool_first": True}),
+    ("alternating_flip", {"augment.alternating_flip": True}),
+    ("widths", {"model.features": (128, 384, 384, 384, 384)}),
+    (
+        "bias_rates",
+        {"optimizer.rate_patterns": ("norm*/bias",), "optimizer.rate_factors": (10.0,)},
+    ),
+    (
+        "muon",
+        {
+            "optimizer.muon_rate": 0.12,
+            "optimizer.muon_momentum": 0.6,
+            "optimizer.muon_unit_filters": True,
+        },
+    ),
+    (
+        "lookahead",
+        {
+            "optimizer.lookahead_period": 5,
+            "optimizer.lookahead_decay": 0.77,
+            "optimizer.lookahead_power": 3.0,
+        },
+    ),
+)
+
+
+def _neighbour(name: str) -> ModuleType:
+    """Imports another config file, wherever this one is run from."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def get_config(row: str = "0") -> ConfigDict:
+    """Returns the config of a row, counted from 0."""
+    config: ConfigDict = _neighbour("cifar10_classic").get_config()
+    config.test.views = "flip_translate"
+    for _, changes in STEPS[: int(row) + 1]:
+        config.update_from_flattened_dict(changes)
+    return config

@@ -1,0 +1,107 @@
+"""Trains every row of configs/ablation.py, and makes their table; stopped, it goes on where it was.
+
+Run `python scripts/ablation.py --help` for what it takes.
+"""
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from alexnet_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+_EPILOG = """\
+Each row has a run folder of its own, WORKDIR/NN-name. The same command again skips those that are
+finished and goes on in the one that is not. What follows -- goes to every run.
+
+The rows are for choosing, so they are told apart on the validation images, which the default holds
+out of the training images; the table has the test accuracy, too, for the last report.
+
+examples:
+  python scripts/ablation.py --num_seeds=3 -- --config.data.name=cifar10_jpeg
+  python scripts/ablation.py --rows=0,5,12 --workdir=runs/three
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+        arguments: The command line after the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0 all rows are trained, 2 bad input, or that of the run that ended otherwise.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        rows = _rows(options.rows)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    folders = []
+    for number, name in rows:
+        folder = options.workdir / f"{number:02}-{name}"
+        folders.append(folder)
+        print(f"Row {number}, {name}: {folder}", file=sys.stderr)
+        ended = subprocess.run(
+            [
+                *(sys.executable, "-m", "alexnet_jax.main"),
+                f"--config={ROOT / 'configs' / 'ablation.py'}:{number}",
+                f"--workdir={folder}",
+                f"--config.num_seeds={options.num_seeds}",
+                *(extra for extra in options.flags if extra != "--"),
+            ]
+        )
+        if ended.returncode:  # it has said why
+            return ended.returncode
+    from alexnet_jax import results  # imports JAX, as --help does not
+
+    runs = [results.read_run(folder) for folder in folders]
+    print(results.table([[run] for run in runs], [run.folder.name for run in runs]))
+    print(f"Next: python scripts/results.py {options.workdir}/*/ --into=FILE", file=sys.stderr)
+    return 0
+
+
+def _rows(chosen: str) -> list[tuple[int, str]]:
+    spec = importlib.util.spec_from_file_location("ablation", ROOT / "configs" / "ablation.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    names = [name for name, _ in module.STEPS]
+    try:
+        numbers = [int(number) for number in chosen.split(",")] if chosen else range(len(names))
+        by_number = dict(enumerate(names))
+        return [(number, by_number[number]) for number in numbers]
+    except (KeyError, ValueError):
+        raise InputError(
+            f"--rows={chosen} must be numbers between 0 and {len(names) - 1}, such as 0,3: "
+            f"{', '.join(f'{i} {name}' for i, name in enumerate(names))}."
+        ) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Trains every row of configs/ablation.py, from classic to best.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rows", default="", metavar="N,N", help="only these (default: all)")
+    parser.add_argument(
+        "--num_seeds", type=int, default=3, metavar="R", help="seeds of each (default: 3)"
+    )
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        default=Path("runs/ablation"),
+        help="holds the run folders (default: runs/ablation)",
+    )
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="of alexnet_jax.main")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Makes the table of results from run folders: ``python scripts/results.py runs/a runs/b``.
+
+Run `python scripts/results.py --help` for what it takes.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from alexnet_jax.errors import InputError, SaveFailed
+
+_EPILOG = """\
+Runs that differ in nothing but their seeds make one row: mean, standard deviation, and the 95%
+interval of the mean by Student's t. A row is named after the first of its folders.
+
+examples:
+  python scripts/results.py runs/classic runs/best
+  python scripts/results.py runs/best-*/ --into=docs/results.md
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+        arguments: The command line after the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0 done, 2 bad input.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        from alexnet_jax import results  # imports JAX, as --help does not
+
+        groups = results.group([results.read_run(folder) for folder in options.folders])
+        names = [members[0].folder.resolve().name for members in groups]
+        text = results.table(groups, names)
+        if options.into:
+            results.put_between_marks(options.into, text)
+    except (InputError, SaveFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Makes the table of results from the folders of finished runs.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", metavar="RUN", nargs="+", type=Path, help="a run folder")
+    parser.add_argument(
+        "--into",
+        type=Path,
+        metavar="FILE",
+        help="also put the table into this file, between its marks",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
