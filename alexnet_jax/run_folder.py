@@ -1,7 +1,8 @@
 """The run folder: everything that a run leaves, and all that a program needs to use it.
 
-``config.json``, ``dataset.json``, ``metrics.jsonl``, ``results.json``, ``log.txt``,
-``checkpoints/``, ``saved.json``, TensorBoard events and figures.
+``config.json``, ``dataset.json``, ``environment.json``, ``model.txt``, ``metrics.jsonl``,
+``results.json``, ``predictions.npz``, ``report.npz``, ``report.html``, ``curves.png``,
+``figures/``, ``log.txt``, ``checkpoints/``, ``saved.json`` and TensorBoard events.
 """
 
 import errno
@@ -27,6 +28,12 @@ CONFIG = "config.json"
 DATASET = "dataset.json"
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
+ENVIRONMENT = "environment.json"
+MODEL = "model.txt"
+PREDICTIONS = "predictions.npz"
+REPORT_DATA = "report.npz"
+REPORT = "report.html"
+FIGURES = "figures"
 LOCK = ".lock"
 
 # What flock answers where a file system has no locks, as some that come over a network.

@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import logging
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
@@ -22,11 +23,12 @@ from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import validate
 from alexnet_jax.data import augment, batches, streamed
 from alexnet_jax.data.resident import RunData, load_data
-from alexnet_jax.errors import Diverged, Interrupted, SaveFailed
+from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
 from alexnet_jax.interrupts import stop_requests
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
 from alexnet_jax.models import create_model, describe
 from alexnet_jax.optimizers import create_optimizer, create_schedule
+from alexnet_jax.report import evidence
 from alexnet_jax.state import TrainState, create_state, find_not_finite
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Programs(NamedTuple):
     create: Callable[[], TrainState]  # not compiled: also evaluated for its shapes alone
     advance: Callable[[int], Callable[..., tuple[TrainState, TrainMetrics]]]  # by number of steps
     measure: Callable[[TrainState, batches.Batch], EvalMetrics]
+    judge: Callable[[TrainState, batches.Batch], tuple[EvalMetrics, dict[str, jax.Array]]]
 
 
 def train_and_evaluate(
@@ -89,6 +92,9 @@ def train_and_evaluate(
             results = _train(config, folder, mesh)
         else:
             log.info("This run is finished; nothing is left to do.")
+        with processes.together():
+            if first:
+                _make_report(folder)
         if first:
             _tell_results(results, folder)
         return results
@@ -108,7 +114,12 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     model = create_model(config.model, num_classes=len(data.info["class_names"]), ops=chosen)
     schedule = create_schedule(config.optimizer, steps_per_epoch, config.train.epochs)
     programs = _build(config, model, schedule, data, mesh)
-    log.info("%s", describe(model, tuple(data.info["image_shape"])))
+    description = describe(model, tuple(data.info["image_shape"]))
+    log.info("%s", description)
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    with processes.together():
+        if first:
+            evidence.write_environment(folder, description, devices, jax.process_count())
 
     with ExitStack() as closing_all:
         checkpoints = closing_all.enter_context(closing(Checkpoints(folder / "checkpoints")))
@@ -137,8 +148,18 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         closing_all.enter_context(closing(writer))
         stopped, state = _loop(config, data, programs, schedule, state, checkpoints, writer, mesh)
         if not stopped:
-            results = _measure_at_the_end(config, data, programs, state, writer, mesh)
+            results, answers = _measure_at_the_end(config, data, programs, state, writer, mesh)
             results["best_step"] = checkpoints.best_step
+            with processes.together():
+                if first:
+                    evidence.write_evidence(
+                        folder,
+                        answers,
+                        samples=data.examples(evidence.SAMPLES),
+                        augment=augment.create_augment(config.augment),
+                        params=state.averaged().params,
+                        seed=config.seed,
+                    )
     # All is written now, also by the threads and the process that write behind the run's back.
     with processes.together():
         if first:
@@ -151,6 +172,8 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
             title = f"{config.model.name} on {config.data.name}: {folder.name}"
             report.plot_curves(records, folder / "curves.png", title)
             if not stopped:
+                # One of these results does not exist yet, whatever an earlier end has left.
+                (folder / run_folder.REPORT).unlink(missing_ok=True)
                 run_folder.write_json(folder / run_folder.RESULTS, results)
     if stopped:
         raise Interrupted(int(state.step))
@@ -202,6 +225,9 @@ def _build(
         advance=advance,
         measure=parallel.compile_reading(
             functools.partial(steps.eval_step, model=model, normalize=normalize), mesh
+        ),
+        judge=parallel.compile_reading(
+            functools.partial(steps.judge_step, model=model, normalize=normalize), mesh
         ),
     )
 
@@ -322,8 +348,11 @@ def _measure_at_the_end(
     state: TrainState,
     writer: writers.RunWriter,
     mesh: Mesh,
-) -> dict[str, Any]:
-    """Measures the finished network on the validation and test images; returns the results."""
+) -> tuple[dict[str, Any], evidence.Answers]:
+    """Measures the finished network on the validation and test images; returns the results.
+
+    With them come the answers for the test images, of the averaged weights where they are kept.
+    """
     results: dict[str, Any] = {
         "step": int(state.step),
         "epochs": config.train.epochs,
@@ -334,14 +363,45 @@ def _measure_at_the_end(
             name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")
         },
     }
+    answers = evidence.Answers()
+    tested = _versions(state, "test")
+    *_, last = tested.values()
+
+    def judge(version: TrainState, batch: batches.Batch) -> EvalMetrics:
+        if version is not last:
+            return programs.measure(version, batch)
+        metrics, judged = programs.judge(version, batch)
+        answers.add(judged)
+        return metrics
+
     log.info("Reading the test set, for the first and only time.")
-    for split, batched in (("validation", data.validation), ("test", data.read_test())):
-        for name, result in evaluate(programs.measure, _versions(state, split), batched).items():
-            figures = {key: float(result[key]) for key in ("loss", "accuracy")}
-            results[name] = figures | {"confusion": np.asarray(result["confusion"]).tolist()}
-            if split == "test":  # the validation's stand there already
-                writer.measured(results["step"], name, figures)
-    return results
+    measured = evaluate(programs.measure, _versions(state, "validation"), data.validation)
+    measured |= evaluate(judge, tested, data.read_test())
+    for name, result in measured.items():
+        figures = {key: float(result[key]) for key in ("loss", "accuracy")}
+        results[name] = figures | {"confusion": np.asarray(result["confusion"]).tolist()}
+        if name in tested:  # the validation's stand there already
+            writer.measured(results["step"], name, figures)
+    return results, answers
+
+
+def _make_report(folder: Path) -> None:
+    """Makes the report of a finished run that has none; the results are safe whatever happens."""
+    if (folder / run_folder.REPORT).exists():
+        return
+    log.info("Making the report.")
+    try:
+        report.write_report(folder)
+    except (InputError, SaveFailed):
+        raise
+    except Exception as error:
+        log.warning(
+            "The report could not be made (%s: %s); the results are safe, and "
+            "`python scripts/report.py %s` tries again.",
+            type(error).__name__,
+            error,
+            shlex.quote(str(folder)),
+        )
 
 
 def evaluate(
@@ -391,7 +451,7 @@ def _tell_results(results: dict[str, Any], folder: Path) -> None:
             )
     log.info(
         "\n%s steps, %d epochs, %s of training. Everything lies in %s:\n"
-        "  curves.png (loss and accuracy), results.json, metrics.jsonl, log.txt, checkpoints/",
+        "  report.html (open it in a browser), figures/, results.json, metrics.jsonl, checkpoints/",
         f"{results['step']:,}",
         results["epochs"],
         writers.duration(results["train_seconds"]),
