@@ -20,8 +20,14 @@ from PIL import Image
 
 from alexnet_jax.data.augment import Augment
 from alexnet_jax.errors import InputError
-from alexnet_jax.run_folder import ENVIRONMENT, MODEL, PREDICTIONS, REPORT_DATA
-from alexnet_jax.run_folder import write_json, write_whole
+from alexnet_jax.run_folder import (
+    ENVIRONMENT,
+    MODEL,
+    PREDICTIONS,
+    REPORT_DATA,
+    write_json,
+    write_whole,
+)
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +83,7 @@ class Answers:
         """
         self._take(self._pending)
         self._pending = None
-        return {
-            name: np.concatenate([rows[name] for rows in self._rows]) for name in self._rows[0]
-        }
+        return {name: np.concatenate([rows[name] for rows in self._rows]) for name in self._rows[0]}
 
     def mistakes(self) -> Arrays:
         """Returns index int32[M] and pictures uint8[M, H, W, C] of the most confident mistakes."""

@@ -92,7 +92,7 @@ class ClassScores(NamedTuple):
     recall: np.ndarray
     f1: np.ndarray
     images: np.ndarray
-    macro: tuple[float, float, float]
+    macro: tuple[float, ...]
 
 
 def class_scores(confusion: np.ndarray) -> ClassScores:
@@ -122,7 +122,7 @@ class ConfusedPair(NamedTuple):
 
     true: int
     predicted: int
-    count: int
+    images: int
     share: float
 
 

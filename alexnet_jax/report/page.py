@@ -27,6 +27,7 @@ _SPLITS = {
     "test": "test",
     "test_ema": "test, averaged weights",
 }
+NOTHING = "\N{EN DASH}"  # where there is no figure
 _MOST_PAIRS = 10  # of classes that are taken for each other
 _SHOWN_CLASSES = 20  # in a table that is open; all are in one that can be opened
 
@@ -131,7 +132,7 @@ def write_comparison(folders: list[Path], page: Path) -> Path:
     runs = [read_run(folder) for folder in folders]
     # Numbered, as folders of the same name may lie in different places.
     names = [f"{i}. {run.name}" for i, run in enumerate(runs, start=1)]
-    drawing = figures.comparison([(name, run.records) for name, run in zip(names, runs)])  # noqa: B905
+    drawing = figures.comparison(list(zip(names, (run.records for run in runs), strict=True)))
     context = {
         "title": f"{len(runs)} runs compared",
         "names": names,
@@ -175,7 +176,7 @@ class _Drawings:
 def show(value: Any) -> str:
     """Writes the value of an option as a person would on a command line."""
     if value is None:
-        return "–"
+        return NOTHING
     if isinstance(value, list):
         return f"({', '.join(map(show, value))})"
     return repr(value) if value == "" else str(value)
@@ -183,7 +184,7 @@ def show(value: Any) -> str:
 
 def percent(share: float) -> str:
     """Writes a share, "97.5%"; a dash for NaN."""
-    return "–" if np.isnan(share) else f"{share:.1%}"
+    return NOTHING if np.isnan(share) else f"{share:.1%}"
 
 
 def _context(run: Run, drawings: _Drawings) -> dict[str, Any]:
@@ -232,7 +233,7 @@ def _context(run: Run, drawings: _Drawings) -> dict[str, Any]:
 
 def _training(run: Run, drawings: _Drawings) -> dict[str, Any]:
     _, pace = measures.step_curve(run.records, "images_per_second")
-    found = {
+    found: dict[str, Any] = {
         "curves": drawings.figure(
             "curves", figures.curves(run.records), "Loss and accuracy of each split by epoch"
         ),
@@ -281,7 +282,7 @@ def _classes(run: Run, names: list[str], drawings: _Drawings) -> dict[str, Any]:
         "classes": rows,
         "worst_classes": worst_first[:_SHOWN_CLASSES] if len(rows) > _SHOWN_CLASSES else [],
         "macro": scores.macro,
-        "pairs": [(names[p.true], names[p.predicted], p.count, p.share) for p in pairs],
+        "pairs": [(names[p.true], names[p.predicted], p.images, p.share) for p in pairs],
     }
 
 
@@ -358,9 +359,7 @@ def _options(config: dict[str, Any]) -> list[dict[str, str]]:
         default = defaults.get(key, value)
         default = list(default) if isinstance(default, tuple) else default
         changed = default != value
-        rows.append(
-            {"key": key, "value": show(value), "default": show(default) if changed else ""}
-        )
+        rows.append({"key": key, "value": show(value), "default": show(default) if changed else ""})
     return rows
 
 
@@ -384,7 +383,7 @@ def _compared(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
     def accuracy(split: str) -> list[str]:
         values = (run.results.get(f"{split}_ema", run.results.get(split)) for run in runs)
-        return [f"{value['accuracy']:.2%}" if value else "–" for value in values]
+        return [f"{value['accuracy']:.2%}" if value else NOTHING for value in values]
 
     return [
         ("network", [run.config["model.name"] for run in runs]),
@@ -402,7 +401,7 @@ def _compared(runs: list[Run]) -> list[tuple[str, list[str]]]:
         (
             "images per second (median)",
             [
-                f"{np.median(pace):,.0f}" if len(pace) else "–"
+                f"{np.median(pace):,.0f}" if len(pace) else NOTHING
                 for pace in (measures.step_curve(r.records, "images_per_second")[1] for r in runs)
             ],
         ),
