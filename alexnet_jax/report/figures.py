@@ -40,6 +40,7 @@ _STYLES = {
 }
 _MOST_POINTS = 500  # of a curve: more make a page slow and show no more
 _WITH_NUMBERS, _WITH_NAMES = 12, 40  # classes whose cells, or rows, are written out
+_MOST_CELLS = 200  # in a row of a confusion matrix
 _LONGEST_NAME = 18
 _DPI = 120
 
@@ -105,17 +106,32 @@ def _legend_below(figure: "Figure", axes: "Axes", columns: int) -> None:
             text.set_parse_math(False)
 
 
-def curves(records: list[dict[str, Any]], title: str = "") -> "Figure":
+def _draw_curve(axes: "Axes", records: list[dict[str, Any]], name: str) -> None:
+    found = measures.epoch_curves(records, name)
+    for split, (label, colour, style) in _STYLES.items():
+        if split in found:
+            _plot_epochs(axes, *found[split], color=colour, linestyle=style, label=label)
+    _over_epochs(axes, "cross-entropy (nats)" if name == "loss" else name)
+    if name == "accuracy":
+        _percent(axes.yaxis)
+
+
+def curves(records: list[dict[str, Any]], title: str) -> "Figure":
     """Draws loss and accuracy over the epochs, side by side."""
     figure = _figure(10, 4, title)
-    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        found = measures.epoch_curves(records, name)
-        for split, (label, colour, style) in _STYLES.items():
-            if split in found:
-                _plot_epochs(axes, *found[split], color=colour, linestyle=style, label=label)
-        _over_epochs(axes, "cross-entropy (nats)" if name == "loss" else name)
-    _percent(axes.yaxis)
-    _legend_below(figure, axes, len(_STYLES))
+    left, right = figure.subplots(1, 2)
+    _draw_curve(left, records, "loss")
+    _draw_curve(right, records, "accuracy")
+    _legend_below(figure, left, len(_STYLES))
+    return figure
+
+
+def curve(records: list[dict[str, Any]], name: str) -> "Figure":
+    """Draws "loss" or "accuracy" over the epochs."""
+    figure = _figure(5, 4)
+    axes = figure.subplots()
+    _draw_curve(axes, records, name)
+    _legend_below(figure, axes, 2)
     return figure
 
 
@@ -155,6 +171,16 @@ def short(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
+def _pooled(shares: np.ndarray) -> np.ndarray:
+    """Takes the largest of each block of cells, where there are too many to see one."""
+    side = -(-len(shares) // _MOST_CELLS)
+    missing = -len(shares) % side
+    padded = np.pad(shares, (0, missing))
+    blocks = padded.reshape(len(padded) // side, side, -1, side)
+    pooled: np.ndarray = blocks.max(axis=(1, 3))
+    return pooled
+
+
 def confusion(counts: np.ndarray, class_names: Sequence[str]) -> "Figure":
     """Draws a confusion matrix; the darker a cell, the larger its share of the true class.
 
@@ -168,12 +194,14 @@ def confusion(counts: np.ndarray, class_names: Sequence[str]) -> "Figure":
     axes = figure.subplots()
     images = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, images, out=np.zeros(counts.shape), where=images > 0)
+    cells = _pooled(shares)
     # One colour, the more of it the larger the share, so that it reads on light and on dark. The
     # root shows the few mistakes of a good network.
-    cells = np.empty((classes, classes, 4))
-    cells[...] = (*(int(BLUE[i : i + 2], 16) / 255 for i in (1, 3, 5)), 1.0)
-    cells[..., 3] = np.sqrt(shares)
-    axes.imshow(cells, interpolation="none")
+    colours = np.empty((*cells.shape, 4))
+    colours[...] = (*(int(BLUE[i : i + 2], 16) / 255 for i in (1, 3, 5)), 1.0)
+    colours[..., 3] = np.sqrt(cells)
+    edge = classes - 0.5
+    axes.imshow(colours, interpolation="none", extent=(-0.5, edge, edge, -0.5))
     _style(axes, "predicted class", "true class", grid=False)
     for spine in axes.spines.values():
         spine.set_visible(True)
@@ -199,7 +227,7 @@ def scores(found: measures.ClassScores, class_names: Sequence[str]) -> "Figure":
     labels = ("precision", "recall", "F1")
     classes = len(class_names)
     if classes > _WITH_NAMES:
-        figure = _figure(7, 3.6)
+        figure = _figure(5, 3.6)
         axes = figure.subplots()
         for kind, label, colour in zip(kinds, labels, SERIES, strict=False):
             values = np.sort(getattr(found, kind))  # NaN comes last, and is not drawn
@@ -207,9 +235,9 @@ def scores(found: measures.ClassScores, class_names: Sequence[str]) -> "Figure":
         _style(axes, "classes, worst first", "")
         _percent(axes.yaxis)
         axes.set_ylim(-0.02, 1.02)
-        _legend(axes, loc="lower right")
+        _legend(axes)
         return figure
-    figure = _figure(7, 1.3 + 0.27 * classes)
+    figure = _figure(5, 1.3 + 0.27 * classes)
     axes = figure.subplots()
     rows = np.arange(classes)
     for kind, label, colour, marker in zip(kinds, labels, SERIES, "<>o", strict=False):
@@ -240,12 +268,12 @@ def calibration(found: measures.Calibration) -> "Figure":
     upper.plot([0, 1], [0, 1], color=MUTED, linestyle="--", label="perfectly calibrated")
     upper.plot(
         found.confidence, found.accuracy, color=ORANGE, marker="o", markersize=4, linestyle="",
-        label="accuracy at mean confidence",
+        label="at the mean confidence",
     )  # fmt: skip
     _style(upper, "", "accuracy")
     upper.set_ylim(0, 1.02)
     _percent(upper.yaxis)
-    _legend(upper, loc="upper left", fontsize=8)
+    _legend(upper, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8)
     share = found.counts / max(found.counts.sum(), 1)
     lower.bar(left, share, color=MUTED, **bars)
     _style(lower, "confidence", "share")
@@ -321,33 +349,33 @@ def enlarged(picture: np.ndarray, least: int = 640) -> np.ndarray:
     return picture.repeat(times, axis=0).repeat(times, axis=1)
 
 
-def comparison(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> "Figure":
-    """Draws the curves of several runs over each other: training loss, validation accuracy.
+def comparison(runs: Sequence[tuple[str, list[dict[str, Any]]]], name: str) -> "Figure":
+    """Draws a curve of several runs over each other.
 
     Args:
-        runs: (name, records of ``metrics.jsonl``) of each. Its validation is that of the averaged
-            weights where they are kept; the test accuracy is a large point at the end.
+        runs: Name, and records of ``metrics.jsonl``, of each.
+        name: "loss", of training, or "accuracy": of validation, with that of test as a diamond at
+            the end, and both of the averaged weights where they are kept.
     """
-    figure = _figure(10, 4.6)
-    left, right = figure.subplots(1, 2)
-    for i, (name, records) in enumerate(runs):
+    figure = _figure(5, 4)
+    axes = figure.subplots()
+    for i, (run, records) in enumerate(runs):
         options: dict[str, Any] = {
             "color": SERIES[i % len(SERIES)],
             "linestyle": ("-", "--", ":", "-.")[i // len(SERIES) % 4],
         }
-        loss = measures.epoch_curves(records, "loss")
-        accuracy = measures.epoch_curves(records, "accuracy")
-        _plot_epochs(left, *loss.get("train", ([], [])), label=name, **options)
-        for split, style in (("validation", {}), ("test", {"marker": "D", "linestyle": ""})):
-            found = accuracy.get(f"{split}_ema", accuracy.get(split))
-            if found and style:
-                right.plot(*found, **options | style)
-            elif found:
-                _plot_epochs(right, *found, **options)
-    _over_epochs(left, "training loss (nats)")
-    _over_epochs(right, "accuracy: validation (lines), test (◆)")
-    _percent(right.yaxis)
-    _legend_below(figure, left, min(4, len(runs)))
+        found = measures.epoch_curves(records, name)
+        split = "train" if name == "loss" else "validation"
+        _plot_epochs(
+            axes, *found.get(f"{split}_ema", found.get(split, ([], []))), label=run, **options
+        )
+        if name == "accuracy":
+            tested = found.get("test_ema", found.get("test", ([], [])))
+            axes.plot(*tested, color=options["color"], marker="D", linestyle="")
+    _over_epochs(axes, "training loss (nats)" if name == "loss" else "accuracy")
+    if name == "accuracy":
+        _percent(axes.yaxis)
+    _legend_below(figure, axes, 2)
     return figure
 
 

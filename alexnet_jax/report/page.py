@@ -132,12 +132,15 @@ def write_comparison(folders: list[Path], page: Path) -> Path:
     runs = [read_run(folder) for folder in folders]
     # Numbered, as folders of the same name may lie in different places.
     names = [f"{i}. {run.name}" for i, run in enumerate(runs, start=1)]
-    drawing = figures.comparison(list(zip(names, (run.records for run in runs), strict=True)))
+    records = list(zip(names, (run.records for run in runs), strict=True))
     context = {
         "title": f"{len(runs)} runs compared",
         "names": names,
         "folders": [str(run.folder) for run in runs],
-        "curves": figures.svg(drawing, "comparison", "Loss and accuracy of each run by epoch"),
+        "curves": [
+            figures.svg(figures.comparison(records, name), name, f"{name} of each run by epoch")
+            for name in ("loss", "accuracy")
+        ],
         "rows": _compared(runs),
         "differences": [
             (key, [show(value) for value in values])
@@ -187,6 +190,14 @@ def percent(share: float) -> str:
     return NOTHING if np.isnan(share) else f"{share:.1%}"
 
 
+def compact(count: int) -> str:
+    """Writes a count in few letters, "61.1 M"."""
+    for power, unit in ((9, "G"), (6, "M"), (3, "k")):
+        if count >= 10**power:
+            return f"{count / 10**power:.3g} {unit}"
+    return str(count)
+
+
 def _context(run: Run, drawings: _Drawings) -> dict[str, Any]:
     """Draws everything, and gathers what the template shows."""
     context: dict[str, Any] = {
@@ -234,9 +245,12 @@ def _context(run: Run, drawings: _Drawings) -> dict[str, Any]:
 def _training(run: Run, drawings: _Drawings) -> dict[str, Any]:
     _, pace = measures.step_curve(run.records, "images_per_second")
     found: dict[str, Any] = {
-        "curves": drawings.figure(
-            "curves", figures.curves(run.records), "Loss and accuracy of each split by epoch"
-        ),
+        "curves": [
+            drawings.figure(
+                name, figures.curve(run.records, name), f"{name} of each split by epoch"
+            )
+            for name in ("loss", "accuracy")
+        ],
         "rate": drawings.figure(
             "learning_rate", figures.learning_rate(run.records), "Learning rate by epoch"
         ),
@@ -267,7 +281,7 @@ def _classes(run: Run, names: list[str], drawings: _Drawings) -> dict[str, Any]:
                 "times": int(mistakes[i, worst]),
             }
         )
-    worst_first = sorted(rows, key=lambda row: (np.isnan(row["f1"]), row["f1"]))
+    worst_first = sorted(rows, key=lambda row: (not row["images"], row["f1"]))
     pairs = measures.confused_pairs(confusion, _MOST_PAIRS)
     return {
         "confusion": drawings.figure(
@@ -341,7 +355,7 @@ def _tiles(run: Run, context: dict[str, Any]) -> list[tuple[str, str]]:
             tiles.append((f"{results[validated]['accuracy']:.2%}", "accuracy, validation"))
         if "ece" in context:
             tiles.append((f"{context['ece']:.1%}", "expected calibration error"))
-        tiles.append((f"{results['parameters']:,}", "parameters"))
+        tiles.append((compact(results["parameters"]), "parameters"))
         tiles.append((duration(results["train_seconds"]), "of training"))
     if "pace" in context:
         tiles.append((f"{context['pace']:,.0f}", "images per second"))
