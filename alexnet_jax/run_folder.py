@@ -1,7 +1,8 @@
 """The run folder: everything that a run leaves, and all that a program needs to use it.
 
-``config.json``, ``dataset.json``, ``metrics.jsonl``, ``results.json``, ``log.txt``,
-``checkpoints/``, ``saved.json``, TensorBoard events and figures.
+``config.json``, ``dataset.json``, ``environment.json``, ``model.txt``, ``metrics.jsonl``,
+``results.json``, ``predictions.npz``, ``report.npz``, ``report.html``, ``curves.png``,
+``figures/``, ``log.txt``, ``checkpoints/``, ``saved.json`` and TensorBoard events.
 """
 
 import errno
@@ -29,7 +30,22 @@ DATASET = "dataset.json"
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 CHECKPOINTS = "checkpoints"
+ENVIRONMENT = "environment.json"
+MODEL = "model.txt"
+PREDICTIONS = "predictions.npz"
+REPORT_DATA = "report.npz"
+REPORT = "report.html"
+FIGURES = "figures"
 LOCK = ".lock"
+
+# What results and metrics are of, and what that is: the weights, their average, and both with the
+# answers for several views of each image averaged. Of a split the last there is counts most.
+SPLITS = {
+    f"{split}{views}{version}": f"{split}{said_of_views}{said_of_version}"
+    for split in ("validation", "test")
+    for views, said_of_views in (("", ""), ("_tta", ", several views"))
+    for version, said_of_version in (("", ""), ("_ema", ", averaged weights"))
+}
 
 # What flock answers where a file system has no locks, as some that come over a network.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)

@@ -182,13 +182,61 @@ def eval_step(
         axis_name: Mapped device axis that the batch is split over, if any.
     """
     logits = predict_step(state, batch["image"], model=model, normalize=normalize, views=views)
-    metrics = EvalMetrics.single_from_model_output(
+    return over_devices(_eval_metrics(logits, batch), axis_name)
+
+
+def _eval_metrics(logits: Array, batch: Batch) -> EvalMetrics:
+    metrics: EvalMetrics = EvalMetrics.single_from_model_output(
         loss=cross_entropy(logits, batch["label"]),
         logits=logits,
         labels=batch["label"],
         mask=batch["mask"],
     )
-    return over_devices(metrics, axis_name)
+    return metrics
+
+
+def judge_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    normalize: Normalize,
+    likeliest: int = 5,
+    pictures: int = 36,
+) -> tuple[EvalMetrics, dict[str, Array]]:
+    """Measures the network as `eval_step` does, and keeps what it answered.
+
+    Args:
+        state: Whose `variables` are measured.
+        batch: image uint8[B, H, W, C], label int32[B], mask bool[B].
+        model: The network.
+        normalize: From uint8 images to what the network takes.
+        likeliest: K, answers that are kept of each image; all classes, if these are fewer.
+        pictures: P, mistakes whose images are kept; all images, if these are fewer.
+
+    Returns:
+        The metrics; and label int32[B], mask bool[B], `classes` int32[B, K], likeliest first, and
+        their `probabilities` float32[B, K], `label_probability` float32[B], and, of the most
+        confident mistakes and, where these are fewer than P, of other images, the rows `mistakes`
+        int32[P] and `pictures` uint8[P, H, W, C].
+    """
+    logits = predict_step(state, batch["image"], model=model, normalize=normalize)
+    all_probabilities = jax.nn.softmax(logits)
+    probabilities, classes = jax.lax.top_k(all_probabilities, min(likeliest, logits.shape[-1]))
+    label, mask = batch["label"], batch["mask"]
+    mistaken = mask & (classes[:, 0] != label)
+    confidence = jnp.where(mistaken, probabilities[:, 0], -1.0)
+    rows = jax.lax.top_k(confidence, min(pictures, len(label)))[1]
+    answers = {
+        "label": label,
+        "mask": mask,
+        "classes": classes,
+        "probabilities": probabilities,
+        "label_probability": jnp.take_along_axis(all_probabilities, label[:, None], axis=1)[:, 0],
+        "mistakes": rows,
+        "pictures": batch["image"][rows],
+    }
+    return _eval_metrics(logits, batch), answers
 
 
 def train_steps(

@@ -2,9 +2,9 @@
 
 import functools
 import importlib.metadata
-import itertools
 import logging
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -40,17 +40,10 @@ from alexnet_jax.interrupts import stop_requests
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
 from alexnet_jax.models import count_flops, create_model, describe, measure_fixed
 from alexnet_jax.optimizers import create_optimizer, create_schedule
+from alexnet_jax.report import evidence
 from alexnet_jax.state import TrainState, create_state, find_not_finite
 
 log = logging.getLogger(__name__)
-
-# What may be measured: the weights, their average, and both with several views of each image, of
-# which the last there is counts most.
-SPLITS = tuple(
-    f"{split}{views}{version}"
-    for split in ("validation", "test")
-    for views, version in itertools.product(("", "_tta"), ("", "_ema"))
-)
 
 # Enough to hide the cost of a dispatch from an accelerator's steps, which take milliseconds; a
 # CPU's take long enough to need one each, and would be compiled one after the other.
@@ -64,6 +57,7 @@ class Programs(NamedTuple):
     fixed: Callable[[], dict[str, Any]]  # what `create` takes that is measured on the images
     advance: Callable[[int], Callable[..., tuple[TrainState, TrainMetrics]]]  # by number of steps
     measure: dict[str, Callable[[TrainState, batches.Batch], EvalMetrics]]  # by suffix of the split
+    judge: Callable[[TrainState, batches.Batch], tuple[EvalMetrics, dict[str, jax.Array]]]
     placement: NamedSharding  # of the state
 
 
@@ -112,6 +106,9 @@ def train_and_evaluate(
             results = _train(config, folder, mesh)
         else:
             log.info("This run is finished; nothing is left to do.")
+        with processes.together():
+            if first:
+                _make_report(folder)
         if first:
             _tell_results(results, folder)
         return results
@@ -131,7 +128,12 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     model = create_model(config.model, num_classes=len(data.info["class_names"]), ops=chosen)
     schedule = create_schedule(config.optimizer, steps_per_epoch, config.train.epochs)
     programs = _build(config, model, schedule, data, mesh)
-    log.info("%s", describe(model, tuple(data.info["image_shape"])))
+    description = describe(model, tuple(data.info["image_shape"]))
+    log.info("%s", description)
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    with processes.together():
+        if first:
+            evidence.write_environment(folder, description, devices, jax.process_count())
 
     with ExitStack() as closing_all:
         checkpoints = closing_all.enter_context(
@@ -165,9 +167,19 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         closing_all.enter_context(closing(writer))
         stopped, state = _loop(config, data, programs, schedule, state, checkpoints, writer, mesh)
         if not stopped:
-            results = _measure_at_the_end(config, data, programs, state, writer, mesh)
+            results, answers = _measure_at_the_end(config, data, programs, state, writer, mesh)
             results["flops"] = count_flops(model, tuple(data.info["image_shape"]))
             results["best_step"] = checkpoints.best_step
+            with processes.together():
+                if first:
+                    evidence.write_evidence(
+                        folder,
+                        answers,
+                        samples=data.examples(evidence.SAMPLES),
+                        augment=augment.create_augment(config.augment, data.info["mean"]),
+                        params=_reported(state, config.num_seeds).params,
+                        seed=config.seed,
+                    )
     # All is written now, also by the threads and the process that write behind the run's back.
     with processes.together():
         if first:
@@ -180,6 +192,8 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
             title = f"{config.model.name} on {config.data.name}: {folder.name}"
             report.plot_curves(records, folder / "curves.png", title)
             if not stopped:
+                # One of these results does not exist yet, whatever an earlier end has left.
+                (folder / run_folder.REPORT).unlink(missing_ok=True)
                 run_folder.write_json(folder / run_folder.RESULTS, results)
     if stopped:
         raise Interrupted(state.steps_taken)
@@ -265,6 +279,9 @@ def _build(
         ),
         advance=advance,
         measure=measures,
+        judge=parallel.compile_reading(
+            functools.partial(steps.judge_step, model=model, normalize=normalize), mesh
+        ),
         placement=replicas.state_sharding(count, mesh) if count > 1 else parallel.replicated(mesh),
     )
 
@@ -389,8 +406,11 @@ def _measure_at_the_end(
     state: TrainState,
     writer: writers.RunWriter,
     mesh: Mesh,
-) -> dict[str, Any]:
-    """Measures the finished network on the validation and test images; returns the results."""
+) -> tuple[dict[str, Any], evidence.Answers]:
+    """Measures the finished network on the validation and test images; returns the results.
+
+    With them come the answers for the test images, of the averaged weights where they are kept.
+    """
     results: dict[str, Any] = {
         "step": state.steps_taken,
         "epochs": config.train.epochs,
@@ -402,26 +422,62 @@ def _measure_at_the_end(
             name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")
         },
     }
+    answers = evidence.Answers()
+    tested = measures_of(programs.measure, state, "test")
+    judged = "test_ema" if state.ema else "test"
+    measure, network = tested[judged], _reported(state, config.num_seeds)
+
+    def judge(batch: batches.Batch) -> EvalMetrics:
+        metrics, judgement = programs.judge(network, batch)
+        answers.add(judgement)
+        return metrics if config.num_seeds == 1 else measure(batch)
+
+    tested[judged] = judge
     log.info("Reading the test set, for the first and only time.")
-    for split, batched in (("validation", data.validation), ("test", data.read_test())):
-        measures = measures_of(programs.measure, state, split)
-        for name, result in evaluate(measures, batched).items():
-            figures = replicas.summary({key: result[key] for key in ("loss", "accuracy")})
-            confusion = np.asarray(result["confusion"])  # of all replicas together
-            confusion = confusion.reshape(-1, *confusion.shape[-2:]).sum(0)
-            results[name] = figures | {"confusion": confusion.tolist()}
-            if split == "test" or "_tta" in name:  # the others stand there already
-                writer.measured(results["step"], name, figures)
-    return results
+    measured = evaluate(measures_of(programs.measure, state, "validation"), data.validation)
+    measured |= evaluate(tested, data.read_test())
+    for name, result in measured.items():
+        figures = replicas.summary({key: result[key] for key in ("loss", "accuracy")})
+        confusion = np.asarray(result["confusion"])  # of all replicas together
+        confusion = confusion.reshape(-1, *confusion.shape[-2:]).sum(0)
+        results[name] = figures | {"confusion": confusion.tolist()}
+        if name in tested or "_tta" in name:  # the others stand there already
+            writer.measured(results["step"], name, figures)
+    return results, answers
+
+
+def _reported(state: TrainState, num_seeds: int) -> TrainState:
+    """Returns what the report looks at: the averaged weights, where they are kept; of many, one."""
+    state = state.averaged().replace(ema={}, opt_state=())
+    return replicas.pick(state, 0) if num_seeds > 1 else state
+
+
+def _make_report(folder: Path) -> None:
+    """Makes the report of a finished run that has none; the results are safe whatever happens."""
+    if (folder / run_folder.REPORT).exists():
+        return
+    log.info("Making the report.")
+    try:
+        report.write_report(folder)
+    except (InputError, SaveFailed):
+        raise
+    except Exception as error:
+        log.warning(
+            "The report could not be made (%s: %s); the results are safe, and "
+            "`python scripts/report.py %s` tries again.",
+            type(error).__name__,
+            error,
+            shlex.quote(str(folder)),
+        )
 
 
 def _tell_results(results: dict[str, Any], folder: Path) -> None:
     """Tells how good the network is, on what, and where everything lies."""
     names = run_folder.read_json(folder / run_folder.DATASET)["class_names"]
-    tested = next(split for split in reversed(SPLITS) if split in results)
+    tested = next(split for split in reversed(run_folder.SPLITS) if split in results)
     table = report.class_table(np.array(results[tested]["confusion"]), tuple(names))
     log.info("\nTest set, class by class:\n%s\n", table)
-    for split in SPLITS:
+    for split in run_folder.SPLITS:
         if split in results:
             log.info(
                 "%-18s loss %.4f  accuracy %s",
@@ -431,7 +487,7 @@ def _tell_results(results: dict[str, Any], folder: Path) -> None:
             )
     log.info(
         "\n%s steps, %d epochs, %s of training. Everything lies in %s:\n"
-        "  curves.png (loss and accuracy), results.json, metrics.jsonl, log.txt, checkpoints/",
+        "  report.html (open it in a browser), figures/, results.json, metrics.jsonl, checkpoints/",
         f"{results['step']:,}",
         results["epochs"],
         writers.duration(results["train_seconds"]),

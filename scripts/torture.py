@@ -152,6 +152,7 @@ MOMENTS = {
     "evaluation": Moment(_trained(epoch_end=True), delay=0.05),
     "save": Moment(Session.is_saving, delay=0.3),
     "results": Moment(lambda session: session.said("Reading the test set"), delay=1.5),
+    "report": Moment(lambda session: session.said("Making the report"), delay=3.0),
 }
 
 
@@ -172,7 +173,7 @@ def torture_by_kills(kills: int, rng: random.Random, folder: Path) -> dict[str, 
     while done.total() < kills:
         runs += 1
         run = folder / f"run{runs}"
-        while not (run / "results.json").exists():
+        while not (run / "report.html").exists():
             session = Session(run, data_dir, cache)
             if done.total() < kills:
                 # The rarest so far, and of these any, for some are never reached.
@@ -200,12 +201,18 @@ def _differences(reference: Path, run: Path) -> list[str]:
         found.append("metrics.jsonl differs")
     if _results(reference) != _results(run):
         found.append("results.json differs")
+    found += [
+        f"{name} differs"
+        for name in ("predictions.npz", "report.npz")
+        if (reference / name).read_bytes() != (run / name).read_bytes()
+    ]
     for name, (one, other) in _arrays(reference, run).items():
         if one.tobytes() != other.tobytes():
             found.append(f"{name} differs")
     names, others = (
         {str(path.relative_to(each)) for path in each.glob("*")}
         | {str(path.relative_to(each)) for path in each.glob("checkpoints/*")}
+        | {str(path.relative_to(each)) for path in each.glob("figures/*")}
         for each in (reference, run)
     )
     if names != others:

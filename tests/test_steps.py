@@ -20,7 +20,14 @@ from alexnet_jax.metrics import EvalMetrics, TrainMetrics
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.optimizers import create_optimizer
 from alexnet_jax.state import TrainState, create_state
-from alexnet_jax.steps import ORDER_STREAM, eval_step, predict_step, train_step, train_steps
+from alexnet_jax.steps import (
+    ORDER_STREAM,
+    eval_step,
+    judge_step,
+    predict_step,
+    train_step,
+    train_steps,
+)
 
 CLASSES, SIZE = 5, 16
 NORMALIZE = create_normalize((0.5, 0.4, 0.3), (0.3, 0.25, 0.2))
@@ -535,3 +542,39 @@ def test_images_are_mirrored_by_epoch_and_not_by_step():
     np.testing.assert_array_equal(fourth, third)
     assert (first != batch["image"]).any()
     assert (third != batch["image"]).any()
+
+
+def test_judging_measures_alike_and_keeps_the_answers(strict_dtypes):
+    """On a mesh of devices, whose parts of the batch come together, as on one."""
+    model = network(depth=1)
+    state = new_state(model)
+    batch = batch_of(0, count=24, masked=(3, 23))
+    options = {"model": model, "normalize": NORMALIZE}
+    mesh = parallel.make_mesh()
+    judge = functools.partial(judge_step, **options, likeliest=3, pictures=5)
+    metrics, answers = parallel.compile_reading(judge, mesh)(
+        state, parallel.place(batch, parallel.split(mesh))
+    )
+    measured = figures(jax.jit(functools.partial(eval_step, **options))(state, batch))
+    ours = figures(metrics)
+    assert ours["loss"] == pytest.approx(measured["loss"], rel=1e-6)
+    np.testing.assert_array_equal(ours["confusion"], measured["confusion"])
+
+    logits = model.apply(state.variables, NORMALIZE(jnp.asarray(batch["image"])), train=False)
+    every = np.exp(np.asarray(logits, np.float64))
+    every /= every.sum(axis=1, keepdims=True)
+    order = np.argsort(-every, axis=1)[:, :3]
+    answers = jax.device_get(answers)
+    np.testing.assert_array_equal(answers["classes"], order)
+    np.testing.assert_allclose(
+        answers["probabilities"], np.take_along_axis(every, order, axis=1), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        answers["label_probability"], every[np.arange(24), batch["label"]], rtol=1e-5
+    )
+    np.testing.assert_array_equal(answers["mask"], batch["mask"])
+    wrong = np.flatnonzero(batch["mask"] & (order[:, 0] != batch["label"]))
+    surest = wrong[np.argsort(-every[wrong, order[wrong, 0]])][:5]
+    assert len(surest) == 5
+    np.testing.assert_array_equal(answers["mistakes"], surest)
+    np.testing.assert_array_equal(answers["pictures"], batch["image"][surest])

@@ -21,6 +21,7 @@ from alexnet_jax.config import default_config, flatten
 from alexnet_jax.data.sources import Source, load_source
 from alexnet_jax.errors import Diverged, InputError, Interrupted
 from alexnet_jax.evaluation import evaluate_network
+from alexnet_jax.report import evidence, figures
 from alexnet_jax.train import train_and_evaluate
 
 pytestmark = [
@@ -30,14 +31,18 @@ pytestmark = [
 ]
 
 
-MAKE_MESH = parallel.make_mesh
+MAKE_MESH, MAKE_REPORT = parallel.make_mesh, train._make_report
 
 
 @pytest.fixture(scope="session", autouse=True)
 def two_devices():
-    """As many as the machine has cores; eight take turns, and a minute for each run."""
+    """As many as the machine has cores; eight take turns, and a minute for each run.
+
+    And no reports but where a test asks for one: to draw it takes longer than the run.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "make_mesh", lambda: MAKE_MESH(jax.devices()[:2]))
+        patch.setattr(train, "_make_report", lambda folder: None)
         yield
 
 
@@ -142,6 +147,55 @@ def test_the_network_of_a_run_answers_as_it_was_measured(whole_run):
     assert loss == pytest.approx(results["test_ema"]["loss"], rel=1e-4)
 
 
+def test_what_a_run_leaves_for_its_report(whole_run, config):
+    folder, results = whole_run
+    predictions = evidence.read_arrays(folder / "predictions.npz")
+    _, labels = load_source(config.data, "test").read_all()
+    np.testing.assert_array_equal(predictions["label"], labels)
+    confusion = np.zeros((10, 10), int)
+    np.add.at(confusion, (predictions["label"], predictions["classes"][:, 0]), 1)
+    np.testing.assert_array_equal(confusion, results["test_ema"]["confusion"])
+    loss = -np.log(predictions["label_probability"]).mean()
+    assert loss == pytest.approx(results["test_ema"]["loss"], rel=1e-4)
+    data = evidence.read_arrays(folder / "report.npz")
+    assert data["samples"].shape == (4, 12, 8, 8, 3)
+    assert data["filters"].shape == (8, 3, 3, 3)
+    counted = sum(v[:, 2].sum() for n, v in data.items() if n.startswith("histograms/"))
+    assert counted == results["parameters"]
+    for index, picture in zip(data["mistake_index"], data["mistake_pictures"], strict=True):
+        assert predictions["classes"][index, 0] != labels[index]
+        np.testing.assert_array_equal(load_source(config.data, "test").read([index])[0][0], picture)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["devices"] == "2 x cpu"
+    assert "conv1/kernel" in (folder / "model.txt").read_text()
+
+
+def test_a_report_that_fails_is_made_by_the_same_command(
+    whole_run, config, tmp_path, monkeypatch, caplog
+):
+    """The results are there before, and nothing is trained or read again."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run[0], folder)
+    before = (folder / "results.json").read_bytes()
+    monkeypatch.setattr(train, "load_data", None)
+    monkeypatch.setattr(train, "_make_report", MAKE_REPORT)
+    with monkeypatch.context() as patch, caplog.at_level("INFO", "alexnet_jax"):
+        patch.setattr(figures, "svg", None)
+        assert train_and_evaluate(config, folder) == whole_run[1]
+    assert "report could not be made (TypeError" in caplog.text
+    assert not (folder / "report.html").exists()
+    caplog.clear()
+    assert train_and_evaluate(config, folder) == whole_run[1]
+    page = (folder / "report.html").read_text()
+    assert "could not be made" not in caplog.text
+    assert f"{whole_run[1]['test_ema']['accuracy']:.2%}" in page
+    assert "Most confident mistakes" in page
+    assert (folder / "results.json").read_bytes() == before
+    made = (folder / "report.html").stat().st_mtime_ns
+    train_and_evaluate(config, folder)
+    assert (folder / "report.html").stat().st_mtime_ns == made
+
+
 def test_results_are_those_of_the_checkpoint(whole_run, config):
     """The accuracy on file is that of the saved weights, counted here image by image."""
     folder, results = whole_run
@@ -176,7 +230,7 @@ def test_the_test_set_is_read_once_and_last(config, tmp_path, monkeypatch):
     config.train.epochs = 1
     config.train.ema_decay = 0.0
     train_and_evaluate(config, tmp_path / "run")
-    assert log == ["digits train", "measure", "digits test", "measure", "measure"]
+    assert log == ["digits train", "measure", "measure", "digits test", "measure"]
 
 
 @pytest.mark.parametrize(("stop_at", "resident"), [(7, "on"), (14, "on"), (14, "off")])

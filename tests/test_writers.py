@@ -4,14 +4,18 @@ import errno
 import importlib.util
 import json
 import logging
+import subprocess
 import sys
 import time
-import types
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from alexnet_jax import tensorboard, writers
+from alexnet_jax.report import evidence
 from alexnet_jax.writers import MetricsFile, Progress, RunWriter, TensorBoard, read_metrics
 
 FIGURES = {"loss": 2.0, "accuracy": 0.25}
@@ -144,35 +148,100 @@ def test_lost_figures_are_missed_on_resume(path, caplog):
     assert "metrics.jsonl lacks the figures after step 2" in caplog.text
 
 
-def read_events(folder, monkeypatch):
-    # Its presence tells TensorBoard to do without TensorFlow, which takes ten seconds to import.
-    monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util.tensor_util import make_ndarray
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {
-        tag: [(e.step, make_ndarray(e.tensor_proto).item()) for e in events.Tensors(tag)]
-        for tag in events.Tags()["tensors"]
-    }
+def ask(port, address, body=None):
+    """What TensorBoard answers, as JSON."""
+    url = f"http://127.0.0.1:{port}/data/plugin/{address}"
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, body and json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.loads(answer.read())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorBoard's own
-def test_tensorboard_shows_what_is_appended_from_now_on(path, monkeypatch):
-    fill(path, 1, 2)  # by an earlier session, which has written its own events
-    metrics = MetricsFile(path, last_step=2)
-    board = TensorBoard(path.parent)
-    metrics.write(record(3, loss=0.5, accuracy=0.25, images=128))
-    metrics.write(record(3, "validation", loss=0.75))
-    metrics.write(record(4, loss=0.125, accuracy=1.0, images=128))
+# Without TensorFlow, which takes ten seconds to import; on a port that is free.
+SERVE = """
+import sys, types
+sys.modules["tensorboard.compat.notf"] = types.ModuleType("notf")
+from tensorboard import default, program
+board = program.TensorBoard(plugins=default.get_plugins())
+board.configure(logdir=sys.argv[1], port=0, load_fast="false", reload_interval=1)
+print(board.launch(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_tensorboard_itself_shows_a_run(tmp_path):
+    """Read from the addresses that its page reads: scalars, images, histograms, texts, hparams."""
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"seed": 3, "model.features": [4, 8]}))
+    (folder / "dataset.json").write_text(json.dumps({"class_names": ["a|b", "c"]}))
+    evidence.write_environment(folder, "| Name |\n| conv |", "1 x cpu", 1)
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 3, 3, 4)).astype(np.float32)
+    evidence.write_arrays(
+        folder / "report.npz",
+        {"samples": np.zeros((4, 2, 8, 8, 3), np.uint8), "mistake_index": np.zeros(0)}
+        | evidence.first_filters({"conv": kernel}, 3)
+        | evidence.histograms({"conv": {"kernel": kernel}}),
+    )
+    evidence.write_arrays(
+        folder / "predictions.npz", {"label": np.array([0, 1]), "classes": np.array([[0], [0]])}
+    )
+    fill(folder / "metrics.jsonl", 1, 2)  # by an earlier session, which has its own events
+    metrics = MetricsFile(folder / "metrics.jsonl", last_step=2)
+    board = TensorBoard(folder)
+    metrics.write(record(3, loss=0.5, images=128))
+    metrics.write(record(4, loss=0.125, images=128))
+    metrics.write(record(4, "test", loss=0.5, accuracy=0.25))
     metrics.close()
     board.close()
-    assert read_events(path.parent, monkeypatch) == {
-        "train/loss": [(3, 0.5), (4, 0.125)],
-        "train/accuracy": [(3, 0.25), (4, 1.0)],
-        "validation/loss": [(3, 0.75)],
-    }
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", SERVE, str(folder.parent)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as server:
+        try:
+            port = urllib.parse.urlparse(server.stdout.readline().strip()).port
+            deadline = time.monotonic() + 60
+            while not ask(port, "scalars/tags").get("one") and time.monotonic() < deadline:
+                time.sleep(0.1)
+            tags = {"train/loss", "test/loss", "test/accuracy"}
+            assert set(ask(port, "scalars/tags")["one"]) == tags
+            losses = ask(port, "scalars/scalars?run=one&tag=train/loss")
+            assert [(step, value) for _, step, value in losses] == [(3, 0.5), (4, 0.125)]
+            images = ask(port, "images/tags")["one"]
+            assert set(images) == {"augmented", "filters", "confusion"}
+            (shown,) = ask(port, "images/images?run=one&tag=confusion")
+            address = f"http://127.0.0.1:{port}/data/plugin/images/individualImage?"
+            with urllib.request.urlopen(address + shown["query"], timeout=30) as answer:
+                assert answer.read().startswith(b"\x89PNG")
+            assert set(ask(port, "histograms/tags")["one"]) == {"parameters/conv/kernel"}
+            ((_, step, bins),) = ask(
+                port, "histograms/histograms?run=one&tag=parameters/conv/kernel"
+            )
+            assert step == 4
+            assert sum(count for *_, count in bins) == kernel.size
+            assert set(ask(port, "text/tags")["one"]) == {"config", "environment", "network"}
+            (shown,) = ask(port, "text/text?run=one&tag=config")
+            assert "<td>seed</td>" in shown["text"]
+            asked = {"experimentName": "", "startIndex": 0, "sliceSize": 9}
+            asked |= {"allowedStatuses": ["STATUS_UNKNOWN"], "colParams": []}
+            (group,) = ask(port, "hparams/session_groups", asked)["sessionGroups"]
+            assert group["hparams"] == {"seed": 3, "model.features": "[4, 8]"}
+            values = {m["name"]["tag"]: m["value"] for m in group["metricValues"]}
+            assert values == {"train/loss": 0.125, "test/loss": 0.5, "test/accuracy": 0.25}
+        finally:
+            server.kill()
+
+
+def test_texts_of_tensorboard_are_text():
+    shown = tensorboard.markdown([("a", "1|2 <b> `x`"), ("b", [1, 2])])
+    assert shown.split("\n")[2:] == [
+        "| a | 1&#124;2 &#60;b&#62; &#96;x&#96; |",
+        "| b | [1, 2] |",
+    ]
 
 
 def test_scalars_are_the_figures():

@@ -90,6 +90,13 @@ class RunData(NamedTuple):
     sample: Callable[[int], np.ndarray]
     info: dict[str, Any]
 
+    def examples(self, count: int) -> np.ndarray:
+        """Returns training images uint8[count, S, S, 3] to look at, evenly spaced in the set."""
+        chosen = _evenly_spaced(self.train_size, count)
+        if isinstance(self.train, StreamedDataset):
+            return self.train.source.read(self.train.indices[chosen])[0]
+        return np.asarray(self.train.arrays["image"].addressable_data(0)[chosen])
+
 
 def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     """Opens the data, holds the validation images out of them, and places what fits.

@@ -1,0 +1,77 @@
+"""Makes the report of a run again, or compares several.
+
+Run `python scripts/report.py --help` for what it takes.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from alexnet_jax import report
+from alexnet_jax.errors import InputError, SaveFailed
+
+_EPILOG = """\
+RUN is the folder of a run, as --workdir named it, finished or still going on.
+One is given its report anew; of several, a page shows the curves over each other, the results, and
+the options in which they differ.
+
+examples:
+  python scripts/report.py runs/digits
+  python scripts/report.py runs/digits --output=digits.html
+  python scripts/report.py runs/narrow runs/wide --output=widths.html
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+        arguments: The command line after the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0 if the page lies ready, 2 for bad input, 74 if it cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        description="Makes the report of a run again, or compares several.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the folder of a run")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where the page goes (default: RUN/report.html; of several, comparison.html)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        output = _checked(options.output)
+        if len(options.runs) == 1:
+            page = report.write_report(options.runs[0], output)
+        else:
+            page = report.write_comparison(options.runs, output or Path("comparison.html"))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SaveFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 74
+    print(page)
+    print("Next: open it in a browser; it needs no network.", file=sys.stderr)
+    return 0
+
+
+def _checked(output: Path | None) -> Path | None:
+    """Refuses places where no page can go, or where it would replace another thing."""
+    if output is None:
+        return None
+    if output.suffix not in (".html", ".htm"):
+        raise InputError(f"--output={output} names no page; let it end in .html.")
+    if not output.parent.is_dir():
+        raise InputError(f"--output={output} lies in no folder; make {output.parent} first.")
+    return output
+
+
+if __name__ == "__main__":
+    sys.exit(main())
