@@ -1,5 +1,6 @@
 """What a run *is*: every array that a step reads and writes, and nothing else."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -60,6 +61,7 @@ def create_state(
     seed: int,
     *,
     ema: bool = False,
+    fixed: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Initialises a run at step 0. Pure: the same seed gives the same state.
 
@@ -69,10 +71,13 @@ def create_state(
         image_shape: (H, W, C) of one image.
         seed: Of every random draw of the run.
         ema: Whether to keep averaged weights.
+        fixed: Collections of `model_state` that were measured (`models.measure_fixed`) and take
+            the place of those that `model.init` makes.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
     model_state = {name: value for name, value in variables.items() if name != "params"}
+    model_state |= jax.tree.map(jnp.asarray, dict(fixed or {}))
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),

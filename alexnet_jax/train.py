@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from alexnet_jax import ops, parallel, processes, report, run_folder, steps, writers
+from alexnet_jax import checksums, ops, parallel, processes, report, run_folder, steps, writers
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import validate
 from alexnet_jax.data import augment, batches, streamed
@@ -26,7 +26,7 @@ from alexnet_jax.errors import Diverged, Interrupted, SaveFailed
 from alexnet_jax.evaluation import evaluate, versions
 from alexnet_jax.interrupts import stop_requests
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
-from alexnet_jax.models import create_model, describe
+from alexnet_jax.models import create_model, describe, measure_fixed
 from alexnet_jax.optimizers import create_optimizer, create_schedule
 from alexnet_jax.state import TrainState, create_state, find_not_finite
 
@@ -40,7 +40,8 @@ ACCELERATOR_STEPS_PER_DISPATCH = 32
 class Programs(NamedTuple):
     """The compiled functions of a run."""
 
-    create: Callable[[], TrainState]  # not compiled: also evaluated for its shapes alone
+    create: Callable[..., TrainState]  # not compiled: also evaluated for its shapes alone
+    fixed: Callable[[], dict[str, Any]]  # what `create` takes that is measured on the images
     advance: Callable[[int], Callable[..., tuple[TrainState, TrainMetrics]]]  # by number of steps
     measure: Callable[[TrainState, batches.Batch], EvalMetrics]
 
@@ -119,6 +120,9 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         with processes.together():
             state, progress = _restore_or_create(checkpoints, programs, mesh)
         processes.same_everywhere(int(state.step), "the newest readable checkpoint")
+        if "whitening" in state.model_state:  # measured by each process for itself
+            measured = checksums.fingerprints(state.model_state["whitening"])
+            processes.same_everywhere(measured, "the whitening of the images")
         log.info(
             "Training on %s images, %s steps of %d an epoch, %d epochs, on %d %s%s.",
             f"{data.train_size:,}",
@@ -202,6 +206,9 @@ def _build(
             config.seed,
             ema=config.train.ema_decay > 0,
         ),
+        fixed=functools.partial(
+            measure_fixed, model, data.sample, data.info["mean"], data.info["deviation"]
+        ),
         advance=advance,
         measure=parallel.compile_reading(
             functools.partial(steps.eval_step, model=model, normalize=normalize), mesh
@@ -216,7 +223,8 @@ def _restore_or_create(
     # The shapes say all that a restore needs, so nothing is initialised in vain.
     restored = checkpoints.restore(jax.eval_shape(programs.create), everywhere)
     if restored is None:
-        return jax.jit(programs.create, out_shardings=everywhere)(), {"train_seconds": 0.0}
+        create = functools.partial(programs.create, fixed=programs.fixed())
+        return jax.jit(create, out_shardings=everywhere)(), {"train_seconds": 0.0}
     log.info("Going on from step %s.", f"{int(restored[0].step):,}")
     return restored
 

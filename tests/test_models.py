@@ -6,11 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from flax import linen as nn_flax
 from torch import nn
 
 from alexnet_jax.config import default_config
 from alexnet_jax.errors import InputError
-from alexnet_jax.models import check_model, create_model, describe
+from alexnet_jax.models import check_model, create_model, describe, layers
 from alexnet_jax.models.alexnet import AlexNet
 
 TINY = {"features": (4, 6, 8, 6, 6), "hidden": (16, 16)}
@@ -205,9 +207,49 @@ def test_kernels_start_with_the_deviation_asked_for(name, gain):
         assert deviation == pytest.approx((gain / fan_in) ** 0.5, rel=0.08)
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(4, 9), (6, 6), (5, 3)])
+def test_dirac_kernels_begin_as_the_identity(inputs, outputs):
+    ours = np.asarray(layers.dirac(jax.random.key(0), (3, 3, inputs, outputs)))
+    theirs = torch.nn.init.dirac_(torch.empty(outputs, inputs, 3, 3)).permute(2, 3, 1, 0).numpy()
+    same = min(inputs, outputs)
+    np.testing.assert_array_equal(ours[..., :same], theirs[..., :same])
+    drawn = np.asarray(nn_flax.initializers.he_normal()(jax.random.key(0), ours.shape))
+    np.testing.assert_array_equal(ours[..., same:], drawn[..., same:])
+    assert np.std(layers.dirac(jax.random.key(0), (200, 50))) == pytest.approx(0.1, rel=0.05)
+
+
+@pytest.mark.parametrize("pool_first", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_other_activations_orders_and_scales_agree_with_pytorch(activation, norm, pool_first):
+    one = {"features": (4,), "kernels": (3,), "strides": (1,), "pools": (True,), "hidden": (6,)}
+    options = {"activation": activation, "norm": norm, "pool_first": pool_first}
+    model, variables, images = build(8, norm_scale=False, logit_scale=1 / 9, **one, **options)
+    params = jax.tree.map(torch.tensor, variables["params"])
+    activate = {"gelu": F.gelu, "silu": F.silu}[activation]
+    kernel = params["conv1"]["kernel"].permute(3, 2, 0, 1)
+    x = torch.tensor(images).permute(0, 3, 1, 2)
+    x = F.conv2d(x, kernel, params["conv1"].get("bias"), padding=1)
+    x = F.max_pool2d(x, 2) if pool_first else x
+    if norm == "batch":
+        assert params["norm1"].keys() == {"bias"}
+        kept = jax.tree.map(torch.tensor, variables["batch_stats"]["norm1"])
+        x = F.batch_norm(x, kept["mean"], kept["var"], None, params["norm1"]["bias"])
+    x = activate(x)
+    x = x if pool_first else F.max_pool2d(x, 2)
+    x = x.permute(0, 2, 3, 1).flatten(1)
+    x = activate(x @ params["fc1"]["kernel"] + params["fc1"]["bias"])
+    x = (x @ params["logits"]["kernel"] + params["logits"]["bias"]) / 9
+    np.testing.assert_allclose(evaluate(model, variables, images), x.numpy(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
+        ("activation", "tanh"),
+        ("whitening", -1),
+        ("whitening", 8),
+        ("logit_scale", 0.0),
         ("features", (4, 0, 8, 6, 6)),
         ("kernels", (3, 3)),
         ("kernels", (3, 3, -1, 3, 3)),

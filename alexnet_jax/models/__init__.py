@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu.parameter_overview import get_parameter_overview
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from alexnet_jax.errors import InputError, show
+from alexnet_jax.models import whitening
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.ops import PLAIN, Ops
 
@@ -86,6 +89,31 @@ def check_model(config: ConfigDict, image_size: int) -> None:
             f"{MAX_PARAMETERS:,}: make its layers narrower, or pool more before the first of "
             "config.model.hidden."
         )
+
+
+def measure_fixed(
+    model: nn.Module,
+    sample: Callable[[int], np.ndarray],
+    mean: tuple[float, ...],
+    deviation: tuple[float, ...],
+) -> dict[str, Any]:
+    """Measures what a network takes from the training images and never trains.
+
+    Args:
+        model: A network.
+        sample: Returns about so many training images, uint8[N, H, W, C]; called if need be.
+        mean: Of each channel, on the scale 0..1, as the network's input is normalised by.
+        deviation: Likewise.
+
+    Returns:
+        Collections of variables for `state.create_state`, by name; mostly none.
+    """
+    side = getattr(model, "whitening", 0)
+    if not side:
+        return {}
+    images = sample(whitening.MOST_IMAGES)
+    kernels = whitening.whitening_kernels(images, mean, deviation, side)
+    return {whitening.COLLECTION: {whitening.NAME: {"kernel": kernels}}}
 
 
 def describe(model: nn.Module, image_shape: tuple[int, ...]) -> str:

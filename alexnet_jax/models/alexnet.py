@@ -7,12 +7,23 @@ from flax import linen as nn
 from jax import Array
 
 from alexnet_jax.errors import InputError
-from alexnet_jax.models.layers import ConvReluPool
+from alexnet_jax.models.layers import ConvReluPool, dirac
+from alexnet_jax.models.whitening import NAME, Whitening
 from alexnet_jax.ops import PLAIN, Ops
 
-_KERNEL_INITS = ("he_normal", "lecun_normal")
+_KERNEL_INITS = {
+    "he_normal": nn.initializers.he_normal(),
+    "lecun_normal": nn.initializers.lecun_normal(),
+    "dirac": dirac,
+}
 _NORMS = ("none", "batch")
+_ACTIVATIONS = {
+    "relu": nn.relu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "silu": nn.silu,
+}
 _MOST = 2**16  # Of channels, units and pixels: beyond, sizes overflow before they are compared.
+_MOST_WHITENED = 7  # pixels: of larger patches the moments take too long to measure
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -36,8 +47,21 @@ class AlexNet(nn.Module):
         norm: "none", or "batch" for batch normalisation (Ioffe and Szegedy, 2015) between
             convolution and ReLU.
         norm_momentum: Share of the old running statistics kept at each step.
+        norm_scale: Whether batch normalisation has a trained scale beside its bias; airbench
+            (Jordan, 2024) has none.
+        activation: "relu", "gelu" (Hendrycks and Gimpel, 2016) or "silu" (Elfwing et al., 2018),
+            after each convolution and hidden layer.
+        pool_first: Pool right after the convolution, before normalisation and activation, which
+            then have fewer pixels to do (airbench).
+        whitening: Side in pixels of the patches that a frozen first convolution whitens, beside
+            those of `features`; 0 is none. See `alexnet_jax.models.whitening`.
+        whitening_bias: Whether it has a trained bias. Without, nothing is differentiated that far
+            back.
         dropout: Probability to drop an input of a hidden layer (Hinton et al., 2012).
-        kernel_init: "he_normal" (He et al., 2015, for ReLU) or "lecun_normal".
+        kernel_init: "he_normal" (He et al., 2015, for ReLU), "lecun_normal", or "dirac"
+            (Zagoruyko and Komodakis, 2017): convolutions begin as the identity where they can, and
+            all else as with "he_normal".
+        logit_scale: What the last layer's results are multiplied by; airbench has 1/9.
         dtype: "float32" or "bfloat16", of the arithmetic; parameters and logits are float32.
         axis_name: Mapped device axis to average batch statistics over, if any.
         ops: What to convolve, pool and multiply with; no choice changes parameters or, beyond
@@ -54,8 +78,14 @@ class AlexNet(nn.Module):
     hidden: tuple[int, ...] = (4096, 4096)
     norm: str = "none"
     norm_momentum: float = 0.9
+    norm_scale: bool = True
+    activation: str = "relu"
+    pool_first: bool = False
+    whitening: int = 0
+    whitening_bias: bool = True
     dropout: float = 0.5
     kernel_init: str = "he_normal"
+    logit_scale: float = 1.0
     dtype: str = "float32"
     axis_name: str | None = None
     ops: Ops = PLAIN
@@ -79,8 +109,11 @@ class AlexNet(nn.Module):
         Raises:
             InputError: The images are so small that a pooling would leave nothing.
         """
-        init = getattr(nn.initializers, self.kernel_init)()
+        init, activate = _KERNEL_INITS[self.kernel_init], _ACTIVATIONS[self.activation]
         x = images.astype(self.dtype)
+        if self.whitening:
+            whiten = Whitening(self.whitening, self.whitening_bias, self.dtype, self.ops, name=NAME)
+            x = activate(whiten(x))
         layers = zip(self.features, self.kernels, self.strides, self.pools, strict=True)
         for i, (features, kernel, stride, pool) in enumerate(layers, start=1):
             left = [(side + 2 * (kernel // 2) - kernel) // stride + 1 for side in x.shape[1:3]]
@@ -91,7 +124,7 @@ class AlexNet(nn.Module):
                     f"after convolution {i}, whose window is {self.pool_window}."
                 )
             window = (self.pool_window, self.pool_stride) if pool else None
-            if self.norm == "none":
+            if self.norm == "none" and self.activation == "relu":  # in whatever order
                 layer = ConvReluPool(
                     features, kernel, stride, window, init, self.ops, name=f"conv{i}"
                 )
@@ -102,22 +135,26 @@ class AlexNet(nn.Module):
                 (kernel, kernel),
                 (stride, stride),
                 padding=kernel // 2,
-                use_bias=False,  # batch normalisation brings its own
+                use_bias=self.norm == "none",  # batch normalisation brings its own
                 kernel_init=init,
                 dtype=self.dtype,
                 conv_general_dilated=self.ops.conv_general_dilated,
                 name=f"conv{i}",
             )(x)
-            x = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=self.norm_momentum,
-                dtype=self.dtype,
-                axis_name=self.axis_name,
-                name=f"norm{i}",
-            )(x)
-            x = nn.relu(x)
-            if pool:
-                x = self.ops.max_pool(x, (self.pool_window,) * 2, (self.pool_stride,) * 2)
+            if window and self.pool_first:
+                x = self.ops.max_pool(x, window[:1] * 2, window[1:] * 2)
+            if self.norm == "batch":
+                x = nn.BatchNorm(
+                    use_running_average=not train,
+                    momentum=self.norm_momentum,
+                    dtype=self.dtype,
+                    use_scale=self.norm_scale,
+                    axis_name=self.axis_name,
+                    name=f"norm{i}",
+                )(x)
+            x = activate(x)
+            if window and not self.pool_first:
+                x = self.ops.max_pool(x, window[:1] * 2, window[1:] * 2)
         dense = functools.partial(
             nn.Dense,
             dtype=self.dtype,
@@ -128,9 +165,9 @@ class AlexNet(nn.Module):
         for i, width in enumerate(self.hidden, start=1):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
             x = dense(width, kernel_init=init, name=f"fc{i}")(x)
-            x = nn.relu(x)
+            x = activate(x)
         x = dense(self.num_classes, name="logits")(x)
-        return x.astype(jnp.float32)
+        return x.astype(jnp.float32) * self.logit_scale
 
 
 def _check(model: AlexNet) -> None:
@@ -153,6 +190,7 @@ def _check(model: AlexNet) -> None:
         raise InputError("config.model.features is empty; it needs at least one convolution.")
     for name, right in (
         ("norm", _NORMS),
+        ("activation", _ACTIVATIONS),
         ("kernel_init", _KERNEL_INITS),
         ("dtype", _DTYPES),
     ):
@@ -161,6 +199,15 @@ def _check(model: AlexNet) -> None:
                 f"config.model.{name} is {getattr(model, name)!r}; "
                 f"it must be one of {', '.join(right)}."
             )
+    if not 0 <= model.whitening <= _MOST_WHITENED:
+        raise InputError(
+            f"config.model.whitening is {model.whitening}; "
+            f"it must be between 0, which is none, and {_MOST_WHITENED}."
+        )
+    if not model.logit_scale > 0:
+        raise InputError(
+            f"config.model.logit_scale is {model.logit_scale}; it must be greater than 0."
+        )
     for name in ("dropout", "norm_momentum"):
         if not 0 <= getattr(model, name) < 1:
             raise InputError(

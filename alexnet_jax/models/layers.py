@@ -1,11 +1,35 @@
 """Layers that the networks share."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.initializers import Initializer, zeros
+from flax.linen.initializers import Initializer, he_normal, zeros
 from jax import Array
 
 from alexnet_jax.ops import Ops
+
+
+def dirac(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    """Initialises kernels so that a convolution begins as the identity, as far as it can.
+
+    The i-th output is the i-th input (Zagoruyko and Komodakis, 2017, "DiracNets"); outputs beyond
+    the number of inputs, and matrices, are drawn as by He et al. (2015).
+
+    Args:
+        key: Random key.
+        shape: (k, k, C, O) of a convolution, or (C, O) of a matrix.
+        dtype: Of the kernels.
+    """
+    drawn = he_normal()(key, shape, dtype)
+    if len(shape) == 2:
+        return drawn
+    height, width, inputs, outputs = shape
+    same = min(inputs, outputs)
+    delta = jnp.zeros((height, width, inputs, same), dtype)
+    delta = delta.at[height // 2, width // 2, jnp.arange(same), jnp.arange(same)].set(1)
+    return drawn.at[..., :same].set(delta)
 
 
 class ConvReluPool(nn.Module):
