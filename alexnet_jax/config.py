@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from alexnet_jax.errors import InputError, show
 from alexnet_jax.models import check_model, model_options
 from alexnet_jax.ops import SWITCH
+from alexnet_jax.optimizers import check_patterns
 
 
 def default_config(model: str = "alexnet") -> ConfigDict:
@@ -61,6 +62,16 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.optimizer.momentum = 0.9  # SGD's
     config.optimizer.nesterov = True
     config.optimizer.weight_decay = 0.0  # on kernels only; decoupled in adamw, L2 in sgd
+    config.optimizer.rate_patterns = ()  # parameters, as "norm*/bias", whose learning rate is
+    config.optimizer.rate_factors = ()  # multiplied by these
+    config.optimizer.muon_rate = 0.0  # peak learning rate of Muon on muon_pattern; 0 is off
+    config.optimizer.muon_pattern = "conv*/kernel"  # kernels with a normalisation behind them
+    config.optimizer.muon_momentum = 0.95
+    config.optimizer.muon_weight_decay = 0.0  # decoupled
+    config.optimizer.muon_unit_filters = False  # keep those kernels at the norm of unit filters
+    config.optimizer.lookahead_period = 0  # updates between steps of slow weights; 0 is off
+    config.optimizer.lookahead_decay = 0.5  # share of the slow weights that these steps keep
+    config.optimizer.lookahead_power = 0.0  # 0: always; else times (updates made / all) ** power
     config.optimizer.clip_norm = 0.0  # largest global gradient norm; 0 is off
     config.optimizer.accumulate_steps = 1  # batches whose gradients are averaged per update
 
@@ -138,6 +149,20 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.eps": _POSITIVE,
     "optimizer.momentum": _FRACTION,
     "optimizer.weight_decay": _at_least(0),
+    "optimizer.rate_patterns": (
+        (lambda value: all(type(item) is str for item in value)),
+        'shell patterns of parameters, such as "norm*/bias"',
+    ),
+    "optimizer.rate_factors": (
+        (lambda value: all(type(x) in (int, float) and 0 < x <= 1e6 for x in value)),
+        "numbers greater than 0 and at most 1e6",
+    ),
+    "optimizer.muon_rate": _at_least(0),
+    "optimizer.muon_momentum": _FRACTION,
+    "optimizer.muon_weight_decay": _at_least(0),
+    "optimizer.lookahead_period": _count(0),
+    "optimizer.lookahead_decay": _FRACTION,
+    "optimizer.lookahead_power": _at_least(0),
     "optimizer.clip_norm": _at_least(0),
     "optimizer.accumulate_steps": _count(1),
     "train.batch_size": _count(1),
@@ -209,7 +234,8 @@ def validate(config: ConfigDict) -> None:
                     f"it must be {right} there, too."
                 )
     _check_together(config)
-    check_model(config.model, config.data.image_size)
+    variables = check_model(config.model, config.data.image_size)
+    check_patterns(config.optimizer, variables["params"])
 
 
 def check_type(key: str, value: Any, default: Any) -> None:
@@ -256,6 +282,11 @@ def _check_together(config: ConfigDict) -> None:
         raise InputError(
             f"config.optimizer.warmup_epochs is {optimizer.warmup_epochs}; "
             f"it must be at most config.train.epochs, {train.epochs}."
+        )
+    if len(optimizer.rate_patterns) != len(optimizer.rate_factors):
+        raise InputError(
+            f"config.optimizer.rate_factors is {optimizer.rate_factors}; it must have one factor "
+            f"for each of config.optimizer.rate_patterns, {optimizer.rate_patterns}."
         )
     if config.augment.crop_padding >= config.data.image_size:
         raise InputError(

@@ -1,10 +1,15 @@
 """From a `config.optimizer` section to an Optax schedule and an Optax transformation."""
 
-from typing import Any
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
 from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers, muon
 
 from alexnet_jax.errors import InputError
 
@@ -59,15 +64,175 @@ def kernels_only(params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def create_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _matching(pattern: str, params: Any) -> Any:
+    """Marks the parameters whose path, "norm1/bias", a shell pattern matches."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: fnmatchcase(
+            jax.tree_util.keystr(path, simple=True, separator="/"), pattern
+        ),
+        params,
+    )
+
+
+def check_patterns(config: ConfigDict, params: Any) -> None:
+    """Refuses patterns that match none of a network's parameters, or what they cannot be for.
+
+    Args:
+        config: The section.
+        params: Of the network; their shapes suffice.
+
+    Raises:
+        InputError: Names the option and the pattern, and lists the parameters.
+    """
+    patterns = dict.fromkeys(config.rate_patterns, "rate_patterns")
+    if config.muon_rate:
+        patterns[config.muon_pattern] = "muon_pattern"
+    for pattern, option in patterns.items():
+        marks = _matching(pattern, params)
+        if not any(jax.tree.leaves(marks)):
+            paths = [
+                jax.tree_util.keystr(path, simple=True, separator="/")
+                for path, _ in jax.tree_util.tree_leaves_with_path(params)
+            ]
+            raise InputError(
+                f"config.optimizer.{option} has {pattern!r}, which matches none of the "
+                f"parameters: {', '.join(paths)}."
+            )
+        if option == "muon_pattern":
+            for mark, leaf in zip(jax.tree.leaves(marks), jax.tree.leaves(params), strict=True):
+                if mark and leaf.ndim < 2:
+                    raise InputError(
+                        f"config.optimizer.muon_pattern is {pattern!r}, which matches biases or "
+                        "scales, too; Muon is for kernels, such as those of 'conv*/kernel'."
+                    )
+
+
+def multiply_rates(patterns: tuple[str, ...], factors: tuple[float, ...]) -> Any:
+    """Multiplies the updates of some parameters, and with them their learning rate.
+
+    airbench (Jordan, 2024) has 64 for the biases of batch normalisation.
+
+    Args:
+        patterns: Shell patterns of paths, such as "norm*/bias".
+        factors: Of each; where several patterns match, all count.
+    """
+
+    def multiply(updates: Any, params: Any) -> Any:
+        del params
+        for pattern, factor in zip(patterns, factors, strict=True):
+            marks = _matching(pattern, updates)
+            updates = jax.tree.map(lambda u, m, f=factor: u * f if m else u, updates, marks)
+        return updates
+
+    return optax.stateless(multiply)
+
+
+class LookaheadState(NamedTuple):
+    """State of `lookahead`.
+
+    Attributes:
+        inner: State of the optimizer inside.
+        slow: The slow weights.
+        count: int32[], updates made.
+    """
+
+    inner: optax.OptState
+    slow: Any
+    count: Array
+
+
+def lookahead(
+    inner: optax.GradientTransformation, period: int, decay: Callable[[Array], Array], updates: int
+) -> optax.GradientTransformation:
+    """Every few updates takes a step from slow weights towards the fast ones, which go on there.
+
+    Zhang et al. (2019), "Lookahead Optimizer: k steps forward, 1 step back", with a step size that
+    may change, as airbench's does. Optax's own wants pairs of parameters where a network is
+    applied; this one keeps the slow weights in its state.
+
+    Args:
+        inner: What moves the fast weights; its state is kept when they are set back.
+        period: Updates between two steps of the slow weights.
+        decay: Share of the slow weights that such a step keeps, by the number of updates made.
+        updates: Of the whole run; the last one ends on the slow weights, too.
+    """
+
+    def init(params: Any) -> LookaheadState:
+        # Copies, because a buffer that stands in a state twice cannot be donated.
+        slow = jax.tree.map(jnp.copy, params)
+        return LookaheadState(inner.init(params), slow, jnp.zeros((), jnp.int32))
+
+    def update(
+        gradients: Any, state: LookaheadState, params: Any = None
+    ) -> tuple[Any, LookaheadState]:
+        steps, inner_state = inner.update(gradients, state.inner, params)
+        count = state.count + 1
+        now = (count % period == 0) | (count == updates)
+        kept = jnp.asarray(decay(count), jnp.float32)
+        fast = optax.apply_updates(params, steps)
+        slow = jax.tree.map(
+            lambda s, f: jnp.where(now, (kept * s + (1 - kept) * f).astype(s.dtype), s),
+            state.slow,
+            fast,
+        )
+        steps = jax.tree.map(lambda u, s, p: jnp.where(now, s - p, u), steps, slow, params)
+        return steps, LookaheadState(inner_state, slow, count)
+
+    return optax.GradientTransformation(init, update)
+
+
+def unit_filters(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Brings kernels to the norm of as many unit filters as they have, before each update.
+
+    Behind them must stand a normalisation, to which their scale is nothing; so their learning rate
+    stays what it is, in place of falling as they grow (airbench94_muon, Jordan, 2024).
+
+    Args:
+        inner: Makes the updates of kernels [..., O].
+    """
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        units = jax.tree.map(
+            lambda p: p * (p.shape[-1] ** 0.5 / jnp.maximum(jnp.linalg.norm(p), 1e-12)), params
+        )
+        steps, state = inner.update(gradients, state, units)
+        return jax.tree.map(lambda u, n, p: u + (n - p), steps, units, params), state
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _muon(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Muon (Jordan et al., 2024), with each filter a row of the matrix that it orthogonalises."""
+
+    def dimensions(params: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1), params
+        )
+
+    relative = config.muon_rate / config.learning_rate
+    main = muon(
+        lambda count: relative * schedule(count),
+        beta=config.muon_momentum,
+        weight_decay=config.muon_weight_decay,
+        muon_weight_dimension_numbers=dimensions,
+    )
+    return unit_filters(main) if config.muon_unit_filters else main
+
+
+def create_optimizer(
+    config: ConfigDict, schedule: optax.Schedule, *, steps: int = 1
+) -> optax.GradientTransformation:
     """Builds the transformation from gradients to updates.
 
     "adam" is Kingma and Ba (2015), "adamw" adds decoupled weight decay (Loshchilov and Hutter,
-    2019), "sgd" has (Nesterov) momentum and its weight decay is an L2 term of the loss.
+    2019), "sgd" has (Nesterov) momentum and its weight decay is an L2 term of the loss. Where
+    `muon_rate` is not 0, Muon takes their place for the kernels of `muon_pattern`. Around them
+    stand, from the inside, the factors of `rate_patterns`, `lookahead`, clipping, accumulation.
 
     Args:
         config: The section.
         schedule: Learning rate, from `create_schedule`.
+        steps: Batches of the whole run, over which the decay of `lookahead` grows.
     """
     if config.name == "adam":
         main = optax.adam(schedule, config.b1, config.b2, config.eps)
@@ -84,6 +249,21 @@ def create_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Grad
         main = optax.chain(
             optax.add_decayed_weights(config.weight_decay, mask=kernels_only),
             optax.sgd(schedule, config.momentum, config.nesterov),
+        )
+    if config.muon_rate:
+        main = optax.partition(
+            {True: _muon(config, schedule), False: main},
+            lambda params: _matching(config.muon_pattern, params),
+        )
+    if config.rate_patterns:
+        main = optax.chain(main, multiply_rates(config.rate_patterns, config.rate_factors))
+    if config.lookahead_period:
+        updates = max(1, steps // config.accumulate_steps)
+        main = lookahead(
+            main,
+            config.lookahead_period,
+            lambda count: config.lookahead_decay * (count / updates) ** config.lookahead_power,
+            updates,
         )
     if config.clip_norm:
         main = optax.chain(optax.clip_by_global_norm(config.clip_norm), main)

@@ -168,7 +168,9 @@ def _build(
     config: ConfigDict, model: nn.Module, schedule: optax.Schedule, data: RunData, mesh: Mesh
 ) -> Programs:
     """Ties the pure functions of `steps` and `state` to this run's options and devices."""
-    optimizer = create_optimizer(config.optimizer, schedule)
+    optimizer = create_optimizer(
+        config.optimizer, schedule, steps=config.train.epochs * data.steps_per_epoch
+    )
     normalize = augment.create_normalize(data.info["mean"], data.info["deviation"])
     one_step = functools.partial(
         steps.train_step,

@@ -45,6 +45,14 @@ IMPOSSIBLE = {
     "optimizer.eps": (0.0,),
     "optimizer.momentum": (-0.1, 1.0),
     "optimizer.weight_decay": (-1e-4,),
+    "optimizer.rate_patterns": ((1,), ("norm*/bias", 2.0)),
+    "optimizer.rate_factors": ((0.0,), ("64",), (1e7,)),
+    "optimizer.muon_rate": (-0.1,),
+    "optimizer.muon_momentum": (-0.1, 1.0),
+    "optimizer.muon_weight_decay": (-0.1,),
+    "optimizer.lookahead_period": (-1,),
+    "optimizer.lookahead_decay": (-0.1, 1.0),
+    "optimizer.lookahead_power": (-1.0,),
     "optimizer.clip_norm": (-1.0,),
     "optimizer.accumulate_steps": (0,),
     "train.batch_size": (0,),
@@ -203,6 +211,10 @@ def test_every_number_has_a_rule():
     [
         ({"optimizer__weight_decay": 0.1}, ("optimizer.weight_decay", "optimizer.name", "adamw")),
         ({"optimizer__warmup_epochs": 20.5}, ("optimizer.warmup_epochs", "train.epochs, 20")),
+        (
+            {"optimizer__rate_patterns": ("conv*",)},
+            ("optimizer.rate_factors is ()", "('conv*',)"),
+        ),
         ({"augment__crop_padding": 32}, ("augment.crop_padding", "data.image_size, 32")),
     ],
 )

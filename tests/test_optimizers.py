@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,14 @@ import optax
 import pytest
 
 from alexnet_jax.config import default_config
-from alexnet_jax.optimizers import create_optimizer, create_schedule, kernels_only
+from alexnet_jax.errors import InputError
+from alexnet_jax.optimizers import (
+    check_patterns,
+    create_optimizer,
+    create_schedule,
+    kernels_only,
+    lookahead,
+)
 
 PARAMS = {
     "conv1": {"kernel": jnp.full((3, 3, 2, 4), 2.0), "bias": jnp.full(4, 2.0)},
@@ -116,3 +125,124 @@ def test_clip_norm_bounds_the_mean_of_accumulated_gradients():
     first, state = optimizer.update(jnp.array([10.0]), state, params)
     second, _ = optimizer.update(jnp.array([-9.5]), state, params)
     np.testing.assert_allclose([first[0], second[0]], [0, -0.25], rtol=1e-5)
+
+
+def random_like(tree, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.float32(rng.normal(size=leaf.shape)), tree)
+
+
+def run(optimizer, params, gradients):
+    """The parameters after each update."""
+    update, state, seen = jax.jit(optimizer.update), optimizer.init(params), []
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(params)
+    return seen
+
+
+def test_rates_are_multiplied_where_patterns_match():
+    gradients = random_like(PARAMS, 0)
+    options = {"name": "sgd", "momentum": 0.0}
+    plain = one_update(gradients, **options)
+    patterns = {"rate_patterns": ("norm*/bias", "*/bias"), "rate_factors": (64.0, 0.5)}
+    factors = {"norm1/bias": 32.0, "conv1/bias": 0.5, "logits/bias": 0.5}
+    for layer, leaves in one_update(gradients, **options, **patterns).items():
+        for leaf, update in leaves.items():
+            factor = factors.get(f"{layer}/{leaf}", 1.0)
+            np.testing.assert_allclose(update, factor * plain[layer][leaf], rtol=1e-6)
+
+
+@pytest.mark.parametrize("power", [0.0, 3.0])
+def test_lookahead_follows_its_formula(power):
+    """SGD on the fast weights, in NumPy; and the last update ends on the slow ones."""
+    params, total, period = {"w": jnp.arange(4.0)}, 8, 3
+    gradients = [random_like(params, seed) for seed in range(total)]
+    options = section(
+        name="sgd",
+        momentum=0.0,
+        lookahead_period=period,
+        lookahead_decay=0.8,
+        lookahead_power=power,
+    )
+    optimizer = create_optimizer(options, optax.constant_schedule(0.1), steps=total)
+    fast = slow = np.arange(4.0)
+    for count, ours in enumerate(run(optimizer, params, gradients), 1):
+        fast = fast - 0.1 * np.asarray(gradients[count - 1]["w"])
+        if count % period == 0 or count == total:
+            decay = 0.8 * (count / total) ** power
+            fast = slow = decay * slow + (1 - decay) * fast
+        np.testing.assert_allclose(ours["w"], fast, rtol=1e-5, atol=1e-6)
+
+
+def test_lookahead_keeps_no_buffer_twice():
+    params = jnp.arange(4.0)
+    state = lookahead(optax.sgd(0.1), 2, lambda count: 0.5, 4).init(params)
+    assert state.slow.unsafe_buffer_pointer() != params.unsafe_buffer_pointer()
+
+
+def newton_schulz(matrix):
+    """Jordan (2024), in NumPy: the quintic that brings singular values near 1."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("unit_filters", [False, True])
+def test_muon_follows_its_formula_and_leaves_the_rest_to_the_other(unit_filters):
+    params = random_like(PARAMS, 0)
+    gradients = [random_like(PARAMS, seed) for seed in range(1, 4)]
+    options = section(
+        name="sgd",
+        learning_rate=0.1,
+        momentum=0.0,
+        muon_rate=0.3,
+        muon_momentum=0.6,
+        muon_unit_filters=unit_filters,
+    )
+    ours = run(create_optimizer(options, optax.constant_schedule(0.1)), params, gradients)
+    weights, momentum = np.asarray(params["conv1"]["kernel"]).reshape(-1, 4).T, 0.0
+    for count, (gradient, seen) in enumerate(zip(gradients, ours, strict=True), 1):
+        g = np.asarray(gradient["conv1"]["kernel"]).reshape(-1, 4).T  # a row for each filter
+        momentum = 0.6 * momentum + g
+        if unit_filters:
+            weights = weights * (2 / np.linalg.norm(weights))  # 4 ** 0.5
+        # Nesterov's, as NAdam (Dozat, 2016) corrects it; its scale counts for nothing.
+        ahead = g / (1 - 0.6**count) + 0.6 * momentum / (1 - 0.6 ** (count + 1))
+        weights = weights - 0.3 * newton_schulz(ahead)
+        np.testing.assert_allclose(
+            seen["conv1"]["kernel"], weights.T.reshape(3, 3, 2, 4), rtol=1e-3, atol=1e-3
+        )
+    rest = run(optax.sgd(0.1), params, gradients)[-1]
+    for layer, leaf in (("conv1", "bias"), ("norm1", "scale"), ("logits", "kernel")):
+        np.testing.assert_allclose(ours[-1][layer][leaf], rest[layer][leaf], rtol=1e-6)
+
+
+def test_muon_follows_the_schedule():
+    options = section(name="sgd", learning_rate=0.5, muon_rate=0.25)
+    optimizer = create_optimizer(options, lambda count: 0.5 / (count + 1))
+    steps = [PARAMS, *run(optimizer, PARAMS, [random_like(PARAMS, 1)] * 2)]
+    kernels = [np.asarray(params["conv1"]["kernel"]) for params in steps]
+    first, second = (np.linalg.norm(b - a) for a, b in itertools.pairwise(kernels))
+    assert second == pytest.approx(first / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"rate_patterns": ("nrom*/bias",)},
+            r"rate_patterns has 'nrom\*/bias', which matches none",
+        ),
+        ({"muon_rate": 1.0, "muon_pattern": "x"}, "muon_pattern has 'x', .* conv1/bias, conv1/ker"),
+        ({"muon_rate": 1.0, "muon_pattern": "conv*"}, r"'conv\*', which matches biases or scales"),
+    ],
+)
+def test_patterns_that_cannot_be_meant_are_refused(options, says):
+    with pytest.raises(InputError, match=says):
+        check_patterns(section(**options), PARAMS)
+    check_patterns(section(rate_patterns=("norm*/bias",), muon_rate=0.1), PARAMS)

@@ -69,12 +69,15 @@ def create_model(
     return model_class(num_classes=num_classes, axis_name=axis_name, ops=ops, **options)
 
 
-def check_model(config: ConfigDict, image_size: int) -> None:
+def check_model(config: ConfigDict, image_size: int) -> dict[str, Any]:
     """Refuses options that the network cannot be built with, without building it.
 
     Args:
         config: The section `config.model`.
         image_size: Side of the images, in pixels.
+
+    Returns:
+        The shapes of its variables, by collection.
 
     Raises:
         InputError: Names the option, its value, and what would be right.
@@ -89,6 +92,7 @@ def check_model(config: ConfigDict, image_size: int) -> None:
             f"{MAX_PARAMETERS:,}: make its layers narrower, or pool more before the first of "
             "config.model.hidden."
         )
+    return variables
 
 
 def measure_fixed(
