@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen.initializers import Initializer, he_normal, zeros
 from jax import Array
@@ -45,6 +47,7 @@ class ConvReluPool(nn.Module):
         pool: Side and stride of the pooling's window, in pixels; None pools nothing.
         kernel_init: Initialises the kernel.
         ops: What computes it.
+        bias_init: Initialises the bias.
     """
 
     features: int
@@ -53,11 +56,69 @@ class ConvReluPool(nn.Module):
     pool: tuple[int, int] | None
     kernel_init: Initializer
     ops: Ops
+    bias_init: Initializer = zeros
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
         """Takes float[B, H, W, C] and returns float[B, h, w, features] of the same dtype."""
         shape = (self.kernel, self.kernel, images.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        bias = self.param("bias", zeros, (self.features,), jnp.float32)
+        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
         return self.ops.conv_relu_pool(images, kernel, bias, stride=self.stride, pool=self.pool)
+
+
+def local_response_norm(
+    x: Array, *, k: float = 2.0, n: int = 5, alpha: float = 1e-4, beta: float = 0.75
+) -> Array:
+    """Divides each value by how large its neighbours are, as in section 3.3 of the AlexNet paper.
+
+    The divisor is (k + alpha * sum of a^2)^beta over n channels around, fewer at the ends. PyTorch
+    and Caffe divide alpha by n, which the paper does not.
+
+    Args:
+        x: float[B, H, W, C].
+        k: Constant of the divisor.
+        n: Channels in a sum, odd.
+        alpha: Weight of the sum.
+        beta: Exponent.
+
+    Returns:
+        As `x`; the sums are of float32.
+    """
+    squares = jnp.square(x.astype(jnp.float32))
+    channels = x.shape[-1]
+    padded = jnp.pad(squares, ((0, 0), (0, 0), (0, 0), (n // 2, n // 2)))
+    total = sum(padded[..., i : i + channels] for i in range(n))
+    return (x * (k + alpha * total) ** -beta).astype(x.dtype)
+
+
+def adaptive_average_pool(x: Array, side: int) -> Array:
+    """Averages over equal parts of an image, as PyTorch's `AdaptiveAvgPool2d` cuts them.
+
+    Part i of S out of H pixels goes from floor(i H / S) to ceil((i + 1) H / S); so parts share
+    pixels where S does not divide H, and repeat them where H is less.
+
+    Args:
+        x: float[B, H, W, C].
+        side: S, of the result.
+
+    Returns:
+        [B, S, S, C], of the same dtype; `x` itself if it has that size.
+    """
+    if x.shape[1:3] == (side, side):
+        return x
+
+    def parts(size: int) -> np.ndarray:
+        i, pixel = np.arange(side)[:, None], np.arange(size)
+        inside = (i * size // side <= pixel) & (pixel < -(-(i + 1) * size // side))
+        return (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
+
+    rows, columns = parts(x.shape[1]), parts(x.shape[2])
+    pooled = jnp.einsum(
+        "bhwc,ih,jw->bijc",
+        x.astype(jnp.float32),
+        rows,
+        columns,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return pooled.astype(x.dtype)
