@@ -38,6 +38,9 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.data.test_split = "test"
     config.data.validation_fraction = 0.1  # held out of train, per class; 0 trains on all of it
     config.data.image_size = 32  # pixels; images of another size are resized
+    config.data.crop_size = 0  # pixels of it that the network sees, of anywhere while training and
+    #                            of the middle otherwise; 0 is all
+    config.data.normalize = "deviation"  # to mean 0 and deviation 1; "mean": 0..255 minus the mean
     config.data.resident = "auto"  # "on" the devices, "off" streams; "auto" by memory: docs/data.md
     config.data.workers = 2  # processes that read where images are streamed; 0 reads in threads
     config.data.read_ahead = 2  # batches that each of these has ready, or threads
@@ -45,6 +48,7 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.augment = ConfigDict()
     config.augment.crop_padding = 4  # pixels of reflected border before a random crop; 0 is off
     config.augment.flip = True  # mirror left-right with probability 1/2
+    config.augment.pca_colour = 0.0  # deviation along the principal colours, in theirs; paper: 0.1
 
     config.model = ConfigDict({"name": model, **model_options(model)})
 
@@ -130,10 +134,13 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.test_split": (bool, "the name of a split"),
     "data.validation_fraction": _FRACTION,
     "data.image_size": ((lambda value: 8 <= value <= 1024), "between 8 and 1024"),
+    "data.crop_size": ((lambda value: value == 0 or 8 <= value <= 1024), "0, or from 8 to 1024"),
+    "data.normalize": _one_of("deviation", "mean"),
     "data.resident": _one_of("auto", "on", "off"),
     "data.workers": _at_least(0),
     "data.read_ahead": _at_least(1),
     "augment.crop_padding": _at_least(0),
+    "augment.pca_colour": _at_least(0),
     "optimizer.name": _one_of("adam", "adamw", "sgd"),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.schedule": _one_of("constant", "cosine", "linear", "step"),
@@ -234,8 +241,13 @@ def validate(config: ConfigDict) -> None:
                     f"it must be {right} there, too."
                 )
     _check_together(config)
-    variables = check_model(config.model, config.data.image_size)
+    variables = check_model(config.model, input_size(config.data))
     check_patterns(config.optimizer, variables["params"])
+
+
+def input_size(config: ConfigDict) -> int:
+    """Returns the side, in pixels, of what the network sees, of the section `config.data`."""
+    return config.crop_size or config.image_size
 
 
 def check_type(key: str, value: Any, default: Any) -> None:
@@ -288,8 +300,14 @@ def _check_together(config: ConfigDict) -> None:
             f"config.optimizer.rate_factors is {optimizer.rate_factors}; it must have one factor "
             f"for each of config.optimizer.rate_patterns, {optimizer.rate_patterns}."
         )
-    if config.augment.crop_padding >= config.data.image_size:
+    if config.data.crop_size > config.data.image_size:
+        raise InputError(
+            f"config.data.crop_size is {config.data.crop_size}; it must be at most "
+            f"config.data.image_size, {config.data.image_size}."
+        )
+    if config.augment.crop_padding >= input_size(config.data):
+        seen = "crop_size" if config.data.crop_size else "image_size"
         raise InputError(
             f"config.augment.crop_padding is {config.augment.crop_padding}; it must be less than "
-            f"config.data.image_size, {config.data.image_size}, to be filled by reflection."
+            f"config.data.{seen}, {config.data[seen]}, to be filled by reflection."
         )

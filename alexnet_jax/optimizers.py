@@ -248,7 +248,7 @@ def create_optimizer(
     else:
         main = optax.chain(
             optax.add_decayed_weights(config.weight_decay, mask=kernels_only),
-            optax.sgd(schedule, config.momentum, config.nesterov),
+            optax.sgd(schedule, config.momentum or None, config.nesterov),
         )
     if config.muon_rate:
         main = optax.partition(

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import checksums, ops, parallel, processes, report, run_folder, steps, writers
 from alexnet_jax.checkpoint import Checkpoints
-from alexnet_jax.config import validate
+from alexnet_jax.config import input_size, validate
 from alexnet_jax.data import augment, batches, streamed
 from alexnet_jax.data.resident import RunData, load_data
 from alexnet_jax.errors import Diverged, Interrupted, SaveFailed
@@ -110,7 +110,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     model = create_model(config.model, num_classes=len(data.info["class_names"]), ops=chosen)
     schedule = create_schedule(config.optimizer, steps_per_epoch, config.train.epochs)
     programs = _build(config, model, schedule, data, mesh)
-    log.info("%s", describe(model, tuple(data.info["image_shape"])))
+    log.info("%s", describe(model, _input_shape(config)))
 
     with ExitStack() as closing_all:
         checkpoints = closing_all.enter_context(
@@ -164,6 +164,10 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     return results
 
 
+def _input_shape(config: ConfigDict) -> tuple[int, int, int]:
+    return (input_size(config.data), input_size(config.data), 3)
+
+
 def _build(
     config: ConfigDict, model: nn.Module, schedule: optax.Schedule, data: RunData, mesh: Mesh
 ) -> Programs:
@@ -171,13 +175,16 @@ def _build(
     optimizer = create_optimizer(
         config.optimizer, schedule, steps=config.train.epochs * data.steps_per_epoch
     )
-    normalize = augment.create_normalize(data.info["mean"], data.info["deviation"])
+    crop_size = config.data.crop_size
+    normalize = augment.create_normalize(data.info["mean"], data.info["deviation"], crop_size)
     one_step = functools.partial(
         steps.train_step,
         model=model,
         optimizer=optimizer,
         normalize=normalize,
-        augment=augment.create_augment(config.augment),
+        augment=augment.create_augment(
+            config.augment, crop_size, data.info.get("principal_colours", ())
+        ),
         label_smoothing=config.train.label_smoothing,
         ema_decay=config.train.ema_decay,
     )
@@ -204,7 +211,7 @@ def _build(
             create_state,
             model,
             optimizer,
-            tuple(data.info["image_shape"]),
+            _input_shape(config),
             config.seed,
             ema=config.train.ema_decay > 0,
         ),

@@ -29,10 +29,13 @@ IMPOSSIBLE = {
     "data.test_split": ("",),
     "data.validation_fraction": (-0.1, 1.0),
     "data.image_size": (7, 1025),
+    "data.crop_size": (-1, 7, 1025),
+    "data.normalize": ("none", ""),
     "data.resident": ("yes", ""),
     "data.workers": (-1,),
     "data.read_ahead": (0,),
     "augment.crop_padding": (-1,),
+    "augment.pca_colour": (-0.1,),
     "optimizer.name": ("adamax", ""),
     "optimizer.learning_rate": (0.0, -1e-3),
     "optimizer.schedule": ("exponential",),
@@ -100,9 +103,9 @@ def test_every_config_file_is_valid(path):
 
 
 def test_an_unknown_model_is_refused_by_name():
-    with pytest.raises(InputError, match=r"'vgg'.*alexnet"):
-        default_config("vgg")
-    assert "'vgg'" in refusal(with_option("model.name", "vgg"))
+    with pytest.raises(InputError, match=r"'vgg19'.*alexnet"):
+        default_config("vgg19")
+    assert "'vgg19'" in refusal(with_option("model.name", "vgg19"))
 
 
 @pytest.mark.parametrize(
@@ -216,6 +219,11 @@ def test_every_number_has_a_rule():
             ("optimizer.rate_factors is ()", "('conv*',)"),
         ),
         ({"augment__crop_padding": 32}, ("augment.crop_padding", "data.image_size, 32")),
+        (
+            {"augment__crop_padding": 24, "data__crop_size": 24},
+            ("augment.crop_padding", "data.crop_size, 24"),
+        ),
+        ({"data__crop_size": 33}, ("data.crop_size", "data.image_size, 32")),
     ],
 )
 def test_impossible_together_though_possible_alone(options, keys):

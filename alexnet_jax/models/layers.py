@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax.linen.initializers import Initializer, he_normal, zeros
 from jax import Array
 
+from alexnet_jax.errors import InputError, show
 from alexnet_jax.ops import Ops
 
 
@@ -122,3 +123,38 @@ def adaptive_average_pool(x: Array, side: int) -> Array:
         precision=jax.lax.Precision.HIGHEST,
     )
     return pooled.astype(x.dtype)
+
+
+_MOST = 2**16  # Of channels, units and pixels: beyond, sizes overflow before they are compared.
+
+
+def check_counts(**options: int | tuple[int, ...]) -> None:
+    """Refuses options that are no counts from 1 on, or tuples of such.
+
+    Raises:
+        InputError: Names the option of config.model, its value, and what would be right.
+    """
+    for name, values in options.items():
+        for value in values if isinstance(values, (tuple, list)) else (values,):
+            if type(value) is not int or not 1 <= value <= _MOST:
+                raise InputError(
+                    f"config.model.{name} is {show(values)}; it must be between 1 and {_MOST}."
+                )
+
+
+def check_fraction(**options: float) -> None:
+    """Refuses options that are not at least 0 and less than 1, as `check_counts` does."""
+    for name, value in options.items():
+        if not 0 <= value < 1:
+            raise InputError(
+                f"config.model.{name} is {show(value)}; it must be at least 0 and less than 1."
+            )
+
+
+def check_choice(**options: tuple[str, tuple[str, ...]]) -> None:
+    """Refuses options that are not one of the values beside them, as `check_counts` does."""
+    for name, (value, right) in options.items():
+        if value not in right:
+            raise InputError(
+                f"config.model.{name} is {show(value)}; it must be one of {', '.join(right)}."
+            )
