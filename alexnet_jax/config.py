@@ -52,14 +52,21 @@ def default_config(model: str = "alexnet") -> ConfigDict:
 
     config.model = ConfigDict({"name": model, **model_options(model)})
 
+    config.init = ConfigDict()
+    config.init.run = ""  # a run folder whose network this one begins as; "" begins anew
+    config.init.checkpoint = "newest"  # of it, or "best", or a step
+    config.init.anew = ("logits/*",)  # parameters that begin anew all the same
+
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adam"  # "adam", "adamw", "sgd"
+    config.optimizer.name = "adam"  # "adam", "adamw", "sgd", "sgd_2012"
     config.optimizer.learning_rate = 1e-3  # at its peak
-    config.optimizer.schedule = "cosine"  # after warm-up: "constant", "cosine", "linear", "step"
+    config.optimizer.schedule = "cosine"  # after warm-up: "constant", "cosine", "linear", "step",
+    #                                       and "plateau", which goes by the validation accuracy
     config.optimizer.warmup_epochs = 0.0
     config.optimizer.final_fraction = 0.0  # of the peak rate, at the end of "cosine", "linear"
     config.optimizer.step_epochs = (10, 15)  # "step" multiplies the rate by step_factor here
     config.optimizer.step_factor = 0.1
+    config.optimizer.plateau_epochs = 5  # without improvement, after which "plateau" does so, too
     config.optimizer.b1 = 0.9  # Adam's decay rates and epsilon
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
@@ -68,6 +75,7 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.optimizer.weight_decay = 0.0  # on kernels only; decoupled in adamw, L2 in sgd
     config.optimizer.rate_patterns = ()  # parameters, as "norm*/bias", whose learning rate is
     config.optimizer.rate_factors = ()  # multiplied by these
+    config.optimizer.frozen = ()  # parameters, as "conv*", that stay as they begin
     config.optimizer.muon_rate = 0.0  # peak learning rate of Muon on muon_pattern; 0 is off
     config.optimizer.muon_pattern = "conv*/kernel"  # kernels with a normalisation behind them
     config.optimizer.muon_momentum = 0.95
@@ -123,6 +131,10 @@ def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
 
 
 _POSITIVE = ((lambda value: value > 0), "greater than 0")
+_PATTERNS = (
+    (lambda value: all(type(item) is str for item in value)),
+    'shell patterns of parameters, such as "norm*/bias"',
+)
 _FRACTION = ((lambda value: 0 <= value < 1), "at least 0 and less than 1")
 
 # Key to (test, what would be right). Options of a model are checked by the model itself.
@@ -141,9 +153,14 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.read_ahead": _at_least(1),
     "augment.crop_padding": _at_least(0),
     "augment.pca_colour": _at_least(0),
-    "optimizer.name": _one_of("adam", "adamw", "sgd"),
+    "init.checkpoint": (
+        (lambda value: value in ("newest", "best") or (value.isdecimal() and len(value) < 12)),
+        '"newest", "best" or the number of a step',
+    ),
+    "init.anew": _PATTERNS,
+    "optimizer.name": _one_of("adam", "adamw", "sgd", "sgd_2012"),
     "optimizer.learning_rate": _POSITIVE,
-    "optimizer.schedule": _one_of("constant", "cosine", "linear", "step"),
+    "optimizer.schedule": _one_of("constant", "cosine", "linear", "step", "plateau"),
     "optimizer.warmup_epochs": _at_least(0),
     "optimizer.final_fraction": ((lambda value: 0 <= value <= 1), "between 0 and 1"),
     "optimizer.step_epochs": (
@@ -151,15 +168,14 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "epochs greater than 0",
     ),
     "optimizer.step_factor": ((lambda value: 0 < value <= 1), "greater than 0 and at most 1"),
+    "optimizer.plateau_epochs": _count(1),
     "optimizer.b1": _FRACTION,
     "optimizer.b2": _FRACTION,
     "optimizer.eps": _POSITIVE,
     "optimizer.momentum": _FRACTION,
     "optimizer.weight_decay": _at_least(0),
-    "optimizer.rate_patterns": (
-        (lambda value: all(type(item) is str for item in value)),
-        'shell patterns of parameters, such as "norm*/bias"',
-    ),
+    "optimizer.rate_patterns": _PATTERNS,
+    "optimizer.frozen": _PATTERNS,
     "optimizer.rate_factors": (
         (lambda value: all(type(x) in (int, float) and 0 < x <= 1e6 for x in value)),
         "numbers greater than 0 and at most 1e6",
@@ -289,6 +305,11 @@ def _check_together(config: ConfigDict) -> None:
         raise InputError(
             f"config.optimizer.weight_decay is {optimizer.weight_decay} and config.optimizer.name "
             "is 'adam', which has none; use 'adamw' for decoupled weight decay."
+        )
+    if optimizer.schedule == "plateau" and not config.data.validation_fraction:
+        raise InputError(
+            "config.optimizer.schedule is 'plateau' and config.data.validation_fraction is 0; it "
+            "must be more than 0, for the schedule goes by the accuracy on these images."
         )
     if optimizer.warmup_epochs > train.epochs:
         raise InputError(

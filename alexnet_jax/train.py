@@ -17,7 +17,17 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from alexnet_jax import checksums, ops, parallel, processes, report, run_folder, steps, writers
+from alexnet_jax import (
+    checksums,
+    ops,
+    parallel,
+    processes,
+    report,
+    run_folder,
+    starting,
+    steps,
+    writers,
+)
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.config import input_size, validate
 from alexnet_jax.data import augment, batches, streamed
@@ -27,7 +37,12 @@ from alexnet_jax.evaluation import evaluate, versions
 from alexnet_jax.interrupts import stop_requests
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
 from alexnet_jax.models import create_model, describe, measure_fixed
-from alexnet_jax.optimizers import create_optimizer, create_schedule
+from alexnet_jax.optimizers import (
+    after_validation,
+    create_optimizer,
+    create_schedule,
+    plateau_factor,
+)
 from alexnet_jax.state import TrainState, create_state, find_not_finite
 
 log = logging.getLogger(__name__)
@@ -44,6 +59,7 @@ class Programs(NamedTuple):
     fixed: Callable[[], dict[str, Any]]  # what `create` takes that is measured on the images
     advance: Callable[[int], Callable[..., tuple[TrainState, TrainMetrics]]]  # by number of steps
     measure: Callable[[TrainState, batches.Batch], EvalMetrics]
+    judge: Callable[[TrainState, np.float32], TrainState]  # by the validation accuracy
 
 
 def train_and_evaluate(
@@ -100,6 +116,8 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     first = jax.process_index() == 0
     with processes.together():
         data = load_data(config, mesh)
+        start = starting.open_start(config, folder)
+        data = data._replace(info=data.info | start.info)
         if first:
             run_folder.check_dataset(folder, data.info)
     processes.same_everywhere(data.info, "the data set")
@@ -118,7 +136,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         )
         closing_all.enter_context(processes.nobody_left_waiting())  # not even by closing
         with processes.together():
-            state, progress = _restore_or_create(checkpoints, programs, mesh)
+            state, progress = _restore_or_create(checkpoints, programs, start, mesh)
         processes.same_everywhere(int(state.step), "the newest readable checkpoint")
         if "whitening" in state.model_state:  # measured by each process for itself
             measured = checksums.fingerprints(state.model_state["whitening"])
@@ -206,6 +224,12 @@ def _build(
         )
         return parallel.compile_update(several, mesh)
 
+    plateau = config.optimizer.schedule == "plateau"
+
+    def judge(state: TrainState, accuracy: jax.Array) -> TrainState:
+        lowered = after_validation(state.opt_state, accuracy, config.optimizer)
+        return state.replace(opt_state=lowered)
+
     return Programs(
         create=functools.partial(
             create_state,
@@ -222,18 +246,23 @@ def _build(
         measure=parallel.compile_reading(
             functools.partial(steps.eval_step, model=model, normalize=normalize), mesh
         ),
+        judge=parallel.compile_update(judge, mesh) if plateau else lambda state, _: state,
     )
 
 
 def _restore_or_create(
-    checkpoints: Checkpoints, programs: Programs, mesh: Mesh
+    checkpoints: Checkpoints, programs: Programs, start: starting.Start, mesh: Mesh
 ) -> tuple[TrainState, dict[str, Any]]:
     everywhere = parallel.replicated(mesh)
     # The shapes say all that a restore needs, so nothing is initialised in vain.
-    restored = checkpoints.restore(jax.eval_shape(programs.create), everywhere)
+    blank = jax.eval_shape(programs.create)
+    restored = checkpoints.restore(blank, everywhere)
     if restored is None:
         create = functools.partial(programs.create, fixed=programs.fixed())
-        return jax.jit(create, out_shardings=everywhere)(), {"train_seconds": 0.0}
+        # As an argument, since what a compiled function closes over becomes a part of it.
+        begin = parallel.place(start.fitting(blank.variables), everywhere)
+        created = jax.jit(create, out_shardings=everywhere)(begin=begin)
+        return created, {"train_seconds": 0.0}
     log.info("Going on from step %s.", f"{int(restored[0].step):,}")
     return restored
 
@@ -261,8 +290,10 @@ def _loop(
     pending: tuple[int, int, TrainMetrics] | None = None
     agree = processes.Agreement(mesh)
 
+    factor = plateau_factor(state.opt_state)  # constant within an epoch
+
     def rate_at(last: int) -> float:
-        return float(schedule((last - 1) // config.optimizer.accumulate_steps))
+        return factor * float(schedule((last - 1) // config.optimizer.accumulate_steps))
 
     def tell(last: int, count: int, metrics: TrainMetrics) -> None:
         """Waits for a dispatch that ended at step `last`, and writes what it measured."""
@@ -298,6 +329,9 @@ def _loop(
                 if broken := find_not_finite(state):
                     raise _diverged(f"{broken} is not finite", step, rate_at(step))
                 accuracy = _validate(data, programs, state, writer) if epoch_ends else None
+                if accuracy is not None:
+                    state = programs.judge(state, np.float32(accuracy))
+                    factor = plateau_factor(state.opt_state)
                 checkpoints.save(state, {"train_seconds": writer.seconds}, accuracy)
                 last_save = time.monotonic()
                 agree.forget()

@@ -43,6 +43,10 @@ IMPOSSIBLE = {
     "optimizer.final_fraction": (-0.1, 1.1),
     "optimizer.step_epochs": ((0, 10), (5, -1)),
     "optimizer.step_factor": (0.0,),
+    "optimizer.plateau_epochs": (0,),
+    "optimizer.frozen": ((1,),),
+    "init.checkpoint": ("last", ""),
+    "init.anew": ((1,),),
     "optimizer.b1": (-0.1, 1.0),
     "optimizer.b2": (-0.1, 1.0),
     "optimizer.eps": (0.0,),
@@ -224,6 +228,10 @@ def test_every_number_has_a_rule():
             ("augment.crop_padding", "data.crop_size, 24"),
         ),
         ({"data__crop_size": 33}, ("data.crop_size", "data.image_size, 32")),
+        (
+            {"optimizer__schedule": "plateau", "data__validation_fraction": 0.0},
+            ("optimizer.schedule", "data.validation_fraction"),
+        ),
     ],
 )
 def test_impossible_together_though_possible_alone(options, keys):
