@@ -63,7 +63,8 @@ class Start:
             }
             for tree, named in zip((self.variables, blank), names, strict=True)
         )
-        for path in [*ours, *theirs]:
+        # Of a layer that differs its kernel tells more than its bias, which comes before.
+        for path in sorted(ours | theirs, key=lambda path: path[-1] != "kernel"):
             shapes = [
                 f"{list(tree[path].shape)}" if path in tree else "missing"
                 for tree in (theirs, ours)
