@@ -89,7 +89,8 @@ def check_patterns(config: ConfigDict, params: Any) -> None:
     Raises:
         InputError: Names the option and the pattern, and lists the parameters.
     """
-    patterns = dict.fromkeys(config.rate_patterns, "rate_patterns")
+    patterns = dict.fromkeys(config.frozen, "frozen")
+    patterns |= dict.fromkeys(config.rate_patterns, "rate_patterns")
     if config.muon_rate:
         patterns[config.muon_pattern] = "muon_pattern"
     if config.frozen and all(jax.tree.leaves(_matching_any(config.frozen, params))):
