@@ -11,6 +11,9 @@ from alexnet_jax.errors import InputError, show
 from alexnet_jax.models.layers import (
     ConvReluPool,
     adaptive_average_pool,
+    check_choice,
+    check_counts,
+    check_fraction,
     dirac,
     local_response_norm,
 )
@@ -30,9 +33,6 @@ _ACTIVATIONS = {
     "silu": nn.silu,
 }
 _DROPOUT_OF = ("inputs", "outputs")
-_MOST = 2**16  # Of channels, units and pixels: beyond, sizes overflow before they are compared.
-_LEAST = {"features": 1, "kernels": 1, "strides": 1, "paddings": 0, "groups": 1, "hidden": 1}
-_LEAST |= {"pool_window": 1, "pool_stride": 1, "pool_to": 0}
 _MAY_BE_EMPTY = ("paddings", "groups", "response_norms")
 _MOST_WHITENED = 7  # pixels: of larger patches the moments take too long to measure
 _DTYPES = ("float32", "bfloat16")
@@ -277,28 +277,18 @@ def _check(model: AlexNet) -> None:
                 f"config.model.{name} is {show(tuple(values))}; its entries must be "
                 f"{'True or False' if kind is bool else 'integers'}."
             )
-    for name, least in _LEAST.items():
-        values = getattr(model, name)
-        for value in values if isinstance(values, (tuple, list)) else (values,):
-            if not least <= value <= _MOST:
-                raise InputError(
-                    f"config.model.{name} is {show(values)}; "
-                    f"it must be between {least} and {_MOST}."
-                )
+    counts = ("features", "kernels", "strides", "groups", "hidden", "pool_window", "pool_stride")
+    check_counts(**{name: getattr(model, name) for name in counts})
+    check_counts(0, paddings=model.paddings, pool_to=model.pool_to)
     if not model.features:
         raise InputError("config.model.features is empty; it needs at least one convolution.")
-    for name, right in (
-        ("norm", _NORMS),
-        ("activation", _ACTIVATIONS),
-        ("dropout_of", _DROPOUT_OF),
-        ("kernel_init", _KERNEL_INITS),
-        ("dtype", _DTYPES),
-    ):
-        if getattr(model, name) not in right:
-            raise InputError(
-                f"config.model.{name} is {getattr(model, name)!r}; "
-                f"it must be one of {', '.join(right)}."
-            )
+    check_choice(
+        norm=(model.norm, _NORMS),
+        activation=(model.activation, _ACTIVATIONS),
+        dropout_of=(model.dropout_of, _DROPOUT_OF),
+        kernel_init=(model.kernel_init, _KERNEL_INITS),
+        dtype=(model.dtype, _DTYPES),
+    )
     if not 0 <= model.whitening <= _MOST_WHITENED:
         raise InputError(
             f"config.model.whitening is {model.whitening}; "
@@ -308,12 +298,7 @@ def _check(model: AlexNet) -> None:
         raise InputError(
             f"config.model.logit_scale is {model.logit_scale}; it must be greater than 0."
         )
-    for name in ("dropout", "norm_momentum"):
-        if not 0 <= getattr(model, name) < 1:
-            raise InputError(
-                f"config.model.{name} is {getattr(model, name)}; "
-                "it must be at least 0 and less than 1."
-            )
+    check_fraction(dropout=model.dropout, norm_momentum=model.norm_momentum)
     for i, groups in enumerate(model.groups):
         channels = model.features[i - 1] if i else 3 * max(1, 2 * model.whitening**2)
         if channels % groups or model.features[i] % groups:

@@ -1,6 +1,6 @@
 """Layers that the networks share."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -128,17 +128,22 @@ def adaptive_average_pool(x: Array, side: int) -> Array:
 _MOST = 2**16  # Of channels, units and pixels: beyond, sizes overflow before they are compared.
 
 
-def check_counts(**options: int | tuple[int, ...]) -> None:
-    """Refuses options that are no counts from 1 on, or tuples of such.
+def check_counts(least: int = 1, /, **options: int | tuple[int, ...]) -> None:
+    """Refuses options that are no counts, or tuples of such.
+
+    Args:
+        least: The smallest that is right.
+        **options: The values, by the names of the options.
 
     Raises:
         InputError: Names the option of config.model, its value, and what would be right.
     """
     for name, values in options.items():
         for value in values if isinstance(values, (tuple, list)) else (values,):
-            if type(value) is not int or not 1 <= value <= _MOST:
+            if type(value) is not int or not least <= value <= _MOST:
                 raise InputError(
-                    f"config.model.{name} is {show(values)}; it must be between 1 and {_MOST}."
+                    f"config.model.{name} is {show(values)}; "
+                    f"it must be between {least} and {_MOST}."
                 )
 
 
@@ -151,7 +156,7 @@ def check_fraction(**options: float) -> None:
             )
 
 
-def check_choice(**options: tuple[str, tuple[str, ...]]) -> None:
+def check_choice(**options: tuple[str, Collection[str]]) -> None:
     """Refuses options that are not one of the values beside them, as `check_counts` does."""
     for name, (value, right) in options.items():
         if value not in right:
