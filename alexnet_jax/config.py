@@ -157,7 +157,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         (lambda value: value in ("newest", "best") or (value.isdecimal() and len(value) < 12)),
         '"newest", "best" or the number of a step',
     ),
-    "init.anew": _PATTERNS,
     "optimizer.name": _one_of("adam", "adamw", "sgd", "sgd_2012"),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.schedule": _one_of("constant", "cosine", "linear", "step", "plateau"),

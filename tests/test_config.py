@@ -46,7 +46,6 @@ IMPOSSIBLE = {
     "optimizer.plateau_epochs": (0,),
     "optimizer.frozen": ((1,),),
     "init.checkpoint": ("last", ""),
-    "init.anew": ((1,),),
     "optimizer.b1": (-0.1, 1.0),
     "optimizer.b2": (-0.1, 1.0),
     "optimizer.eps": (0.0,),
