@@ -42,8 +42,10 @@ _SIDE = 6  # pixels of the feature map that the first matrix takes
 SAFETENSORS = ".safetensors"
 
 # Options of a network that an answer does not depend on, given the parameters; beyond rounding.
-_WITHOUT_EFFECT = ("name", "features", "hidden", "dropout", "dropout_of", "kernel_init", "dtype")
-_WITHOUT_EFFECT += ("bias_ones", "norm_momentum")
+_WITHOUT_EFFECT = (
+    *("name", "features", "hidden", "dropout", "dropout_of", "kernel_init", "dtype"),
+    *("bias_ones", "norm_momentum"),
+)
 
 # What torchvision normalises by, on the scale 0..1.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -73,7 +75,8 @@ def widths(state_dict: Arrays) -> dict[str, tuple[int, ...]]:
         name: state_dict[f"{name}.weight"].shape[0] if state_dict[f"{name}.weight"].ndim else 0
         for name in names
     }
-    inputs, shapes = 3, {}
+    inputs = 3
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, kernel in _CONVOLUTIONS.values():
         shapes[name] = (outputs[name], inputs, kernel, kernel)
         inputs = outputs[name]
