@@ -40,6 +40,9 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.data.test_split = "test"
     config.data.validation_fraction = 0.1  # held out of train, per class; 0 trains on all of it
     config.data.image_size = 32  # pixels; images of another size are resized
+    config.data.crop_size = 0  # pixels of it that the network sees, of anywhere while training and
+    #                            of the middle otherwise; 0 is all
+    config.data.normalize = "deviation"  # to mean 0 and deviation 1; "mean": 0..255 minus the mean
     config.data.resident = "auto"  # "on" the devices, "off" streams; "auto" by memory: docs/data.md
     config.data.workers = 2  # processes that read where images are streamed; 0 reads in threads
     config.data.read_ahead = 2  # batches that each of these has ready, or threads
@@ -50,17 +53,25 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.augment.flip = True  # mirror left-right with probability 1/2
     config.augment.alternating_flip = False  # in place of that every other epoch, half by half
     config.augment.cutout = 0  # side in pixels of a square that is covered; 0 is off
+    config.augment.pca_colour = 0.0  # deviation along the principal colours, in theirs; paper: 0.1
 
     config.model = ConfigDict({"name": model, **model_options(model)})
 
+    config.init = ConfigDict()
+    config.init.run = ""  # a run folder whose network this one begins as; "" begins anew
+    config.init.checkpoint = "newest"  # of it, or "best", or a step
+    config.init.anew = ("logits/*",)  # parameters that begin anew all the same
+
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adam"  # "adam", "adamw", "sgd"
+    config.optimizer.name = "adam"  # "adam", "adamw", "sgd", "sgd_2012"
     config.optimizer.learning_rate = 1e-3  # at its peak
-    config.optimizer.schedule = "cosine"  # after warm-up: "constant", "cosine", "linear", "step"
+    config.optimizer.schedule = "cosine"  # after warm-up: "constant", "cosine", "linear", "step",
+    #                                       and "plateau", which goes by the validation accuracy
     config.optimizer.warmup_epochs = 0.0
     config.optimizer.final_fraction = 0.0  # of the peak rate, at the end of "cosine", "linear"
     config.optimizer.step_epochs = (10, 15)  # "step" multiplies the rate by step_factor here
     config.optimizer.step_factor = 0.1
+    config.optimizer.plateau_epochs = 5  # without improvement, after which "plateau" does so, too
     config.optimizer.b1 = 0.9  # Adam's decay rates and epsilon
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
@@ -69,6 +80,7 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.optimizer.weight_decay = 0.0  # on kernels only; decoupled in adamw, L2 in sgd
     config.optimizer.rate_patterns = ()  # parameters, as "norm*/bias", whose learning rate is
     config.optimizer.rate_factors = ()  # multiplied by these
+    config.optimizer.frozen = ()  # parameters, as "conv*", that stay as they begin
     config.optimizer.muon_rate = 0.0  # peak learning rate of Muon on muon_pattern; 0 is off
     config.optimizer.muon_pattern = "conv*/kernel"  # kernels with a normalisation behind them
     config.optimizer.muon_momentum = 0.95
@@ -127,6 +139,10 @@ def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
 
 
 _POSITIVE = ((lambda value: value > 0), "greater than 0")
+_PATTERNS = (
+    (lambda value: all(type(item) is str for item in value)),
+    'shell patterns of parameters, such as "norm*/bias"',
+)
 _FRACTION = ((lambda value: 0 <= value < 1), "at least 0 and less than 1")
 
 # Key to (test, what would be right). Options of a model are checked by the model itself.
@@ -139,15 +155,22 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.test_split": (bool, "the name of a split"),
     "data.validation_fraction": _FRACTION,
     "data.image_size": ((lambda value: 8 <= value <= 1024), "between 8 and 1024"),
+    "data.crop_size": ((lambda value: value == 0 or 8 <= value <= 1024), "0, or from 8 to 1024"),
+    "data.normalize": _one_of("deviation", "mean"),
     "data.resident": _one_of("auto", "on", "off"),
     "data.workers": _at_least(0),
     "data.read_ahead": _at_least(1),
     "augment.crop_padding": _at_least(0),
     "augment.crop_fill": _one_of("reflect", "black"),
     "augment.cutout": _count(0),
-    "optimizer.name": _one_of("adam", "adamw", "sgd"),
+    "augment.pca_colour": _at_least(0),
+    "init.checkpoint": (
+        (lambda value: value in ("newest", "best") or (value.isdecimal() and len(value) < 12)),
+        '"newest", "best" or the number of a step',
+    ),
+    "optimizer.name": _one_of("adam", "adamw", "sgd", "sgd_2012"),
     "optimizer.learning_rate": _POSITIVE,
-    "optimizer.schedule": _one_of("constant", "cosine", "linear", "step"),
+    "optimizer.schedule": _one_of("constant", "cosine", "linear", "step", "plateau"),
     "optimizer.warmup_epochs": _at_least(0),
     "optimizer.final_fraction": ((lambda value: 0 <= value <= 1), "between 0 and 1"),
     "optimizer.step_epochs": (
@@ -155,15 +178,14 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "epochs greater than 0",
     ),
     "optimizer.step_factor": ((lambda value: 0 < value <= 1), "greater than 0 and at most 1"),
+    "optimizer.plateau_epochs": _count(1),
     "optimizer.b1": _FRACTION,
     "optimizer.b2": _FRACTION,
     "optimizer.eps": _POSITIVE,
     "optimizer.momentum": _FRACTION,
     "optimizer.weight_decay": _at_least(0),
-    "optimizer.rate_patterns": (
-        (lambda value: all(type(item) is str for item in value)),
-        'shell patterns of parameters, such as "norm*/bias"',
-    ),
+    "optimizer.rate_patterns": _PATTERNS,
+    "optimizer.frozen": _PATTERNS,
     "optimizer.rate_factors": (
         (lambda value: all(type(x) in (int, float) and 0 < x <= 1e6 for x in value)),
         "numbers greater than 0 and at most 1e6",
@@ -246,8 +268,13 @@ def validate(config: ConfigDict) -> None:
                     f"it must be {right} there, too."
                 )
     _check_together(config)
-    variables = check_model(config.model, config.data.image_size)
+    variables = check_model(config.model, input_size(config.data))
     check_patterns(config.optimizer, variables["params"])
+
+
+def input_size(config: ConfigDict) -> int:
+    """Returns the side, in pixels, of what the network sees, of the section `config.data`."""
+    return config.crop_size or config.image_size
 
 
 def check_type(key: str, value: Any, default: Any) -> None:
@@ -290,6 +317,11 @@ def _check_together(config: ConfigDict) -> None:
             f"config.optimizer.weight_decay is {optimizer.weight_decay} and config.optimizer.name "
             "is 'adam', which has none; use 'adamw' for decoupled weight decay."
         )
+    if optimizer.schedule == "plateau" and not config.data.validation_fraction:
+        raise InputError(
+            "config.optimizer.schedule is 'plateau' and config.data.validation_fraction is 0; it "
+            "must be more than 0, for the schedule goes by the accuracy on these images."
+        )
     if optimizer.warmup_epochs > train.epochs:
         raise InputError(
             f"config.optimizer.warmup_epochs is {optimizer.warmup_epochs}; "
@@ -300,18 +332,27 @@ def _check_together(config: ConfigDict) -> None:
             f"config.optimizer.rate_factors is {optimizer.rate_factors}; it must have one factor "
             f"for each of config.optimizer.rate_patterns, {optimizer.rate_patterns}."
         )
-    if config.test.views == "ten_crop" and not config.augment.crop_padding:
+    if config.test.views == "ten_crop" and not (
+        config.augment.crop_padding or config.data.crop_size
+    ):
         raise InputError(
-            "config.test.views is 'ten_crop' and config.augment.crop_padding is 0; the crops are "
-            "of images with such a border, which must be at least 1."
+            "config.test.views is 'ten_crop', and both config.augment.crop_padding and "
+            "config.data.crop_size are 0; the crops are of images with a border of the first, or "
+            "have the size of the second."
         )
     if config.augment.alternating_flip and not config.augment.flip:
         raise InputError(
             "config.augment.alternating_flip is True and config.augment.flip is False; the first "
             "says how images are mirrored, and needs the second."
         )
-    if config.augment.crop_padding >= config.data.image_size:
+    if config.data.crop_size > config.data.image_size:
+        raise InputError(
+            f"config.data.crop_size is {config.data.crop_size}; it must be at most "
+            f"config.data.image_size, {config.data.image_size}."
+        )
+    if config.augment.crop_padding >= input_size(config.data):
+        seen = "crop_size" if config.data.crop_size else "image_size"
         raise InputError(
             f"config.augment.crop_padding is {config.augment.crop_padding}; it must be less than "
-            f"config.data.image_size, {config.data.image_size}, to be filled by reflection."
+            f"config.data.{seen}, {config.data[seen]}, to be filled by reflection."
         )

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from alexnet_jax import replicas, run_folder, steps
+from alexnet_jax.config import input_size
 from alexnet_jax.data import augment, images
 from alexnet_jax.errors import InputError, show
 from alexnet_jax.models import create_model
@@ -97,7 +98,7 @@ class Network:
 
     @property
     def image_size(self) -> int:
-        """Side of the images that the network sees, in pixels."""
+        """Side of the images it is given, in pixels; it may see the middle of them alone."""
         return int(self.info["image_shape"][0])
 
     @property
@@ -219,7 +220,8 @@ def load(
     config = run_folder.read_config(folder)
     info = run_folder.read_dataset(folder)
     module = create_model(config.model, num_classes=len(info["class_names"]))
-    blank = jnp.zeros((1, *info["image_shape"]))
+    side = input_size(config.data)
+    blank = jnp.zeros((1, side, side, 3))
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), blank, train=False))
     trained = replicas.seeds(config.seed, config.num_seeds).tolist()
     if seed is not None and seed not in trained:
@@ -242,7 +244,9 @@ def load(
         config=config,
         info=info,
         module=module,
-        normalize=augment.create_normalize(tuple(info["mean"]), tuple(info["deviation"])),
+        normalize=augment.create_normalize(
+            tuple(info["mean"]), tuple(info["deviation"]), config.data.crop_size
+        ),
         state=TrainState(
             step=jnp.int32(weights.step),
             params=params,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from ml_collections import ConfigDict
@@ -40,7 +41,7 @@ def create_schedule(config: ConfigDict, steps_per_epoch: int, epochs: int) -> op
     warmup = round(config.warmup_epochs * updates_per_epoch)
     rest = max(1, round(epochs * updates_per_epoch) - warmup)
     peak = config.learning_rate
-    if config.schedule == "constant":
+    if config.schedule in ("constant", "plateau"):  # the latter by `scale_by_plateau`
         main = optax.constant_schedule(peak)
     elif config.schedule == "cosine":
         main = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
@@ -74,6 +75,11 @@ def _matching(pattern: str, params: Any) -> Any:
     )
 
 
+def _matching_any(patterns: tuple[str, ...], params: Any) -> Any:
+    marks = [_matching(pattern, params) for pattern in patterns]
+    return jax.tree.map(lambda *each: any(each), *marks)
+
+
 def check_patterns(config: ConfigDict, params: Any) -> None:
     """Refuses patterns that match none of a network's parameters, or what they cannot be for.
 
@@ -84,9 +90,15 @@ def check_patterns(config: ConfigDict, params: Any) -> None:
     Raises:
         InputError: Names the option and the pattern, and lists the parameters.
     """
-    patterns = dict.fromkeys(config.rate_patterns, "rate_patterns")
+    patterns = dict.fromkeys(config.frozen, "frozen")
+    patterns |= dict.fromkeys(config.rate_patterns, "rate_patterns")
     if config.muon_rate:
         patterns[config.muon_pattern] = "muon_pattern"
+    if config.frozen and all(jax.tree.leaves(_matching_any(config.frozen, params))):
+        raise InputError(
+            f"config.optimizer.frozen is {config.frozen}, which is all parameters; leave some to "
+            "train."
+        )
     for pattern, option in patterns.items():
         marks = _matching(pattern, params)
         if not any(jax.tree.leaves(marks)):
@@ -219,21 +231,95 @@ def _muon(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransfo
     return unit_filters(main) if config.muon_unit_filters else main
 
 
+class PlateauState(NamedTuple):
+    """State of `scale_by_plateau`.
+
+    Attributes:
+        factor: float32[], of the learning rate.
+        best: float32[], highest validation accuracy so far.
+        waited: int32[], epochs since then, or since the factor last changed.
+    """
+
+    factor: Array
+    best: Array
+    waited: Array
+
+
+def scale_by_plateau() -> optax.GradientTransformation:
+    """Multiplies updates by a factor that `after_validation` lowers and the state keeps."""
+
+    def init(params: Any) -> PlateauState:
+        del params
+        return PlateauState(jnp.float32(1), jnp.float32(-1), jnp.int32(0))
+
+    def update(updates: Any, state: PlateauState, params: Any = None) -> tuple[Any, PlateauState]:
+        del params
+        return jax.tree.map(lambda u: u * state.factor.astype(u.dtype), updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_plateau(node: Any) -> bool:
+    return isinstance(node, PlateauState)
+
+
+def after_validation(opt_state: Any, accuracy: Array | float, config: ConfigDict) -> Any:
+    """Lowers the learning rate of the schedule "plateau" where the accuracy stopped improving.
+
+    Krizhevsky, Sutskever and Hinton (2012), section 5, do so by hand.
+
+    Args:
+        opt_state: Of `create_optimizer`; another schedule leaves it as it is.
+        accuracy: On the validation images, after an epoch.
+        config: The section; `plateau_epochs` without improvement multiply by `step_factor`.
+    """
+
+    def look(node: Any) -> Any:
+        if not _is_plateau(node):
+            return node
+        waited = jnp.where(accuracy > node.best, 0, node.waited + 1)
+        lower = waited >= config.plateau_epochs
+        return PlateauState(
+            factor=jnp.where(lower, node.factor * config.step_factor, node.factor),
+            best=jnp.maximum(node.best, accuracy),
+            waited=jnp.where(lower, 0, waited),
+        )
+
+    return jax.tree.map(look, opt_state, is_leaf=_is_plateau)
+
+
+def plateau_factor(opt_state: Any) -> float:
+    """Returns what the schedule "plateau" multiplies the learning rate by; 1 under another.
+
+    Of replicas (see `replicas`) it is the mean.
+    """
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_plateau) if _is_plateau(node)]
+    return float(np.mean(jax.device_get(found[0].factor))) if found else 1.0
+
+
 def create_optimizer(
     config: ConfigDict, schedule: optax.Schedule, *, steps: int = 1
 ) -> optax.GradientTransformation:
     """Builds the transformation from gradients to updates.
 
     "adam" is Kingma and Ba (2015), "adamw" adds decoupled weight decay (Loshchilov and Hutter,
-    2019), "sgd" has (Nesterov) momentum and its weight decay is an L2 term of the loss. Where
+    2019), "sgd" has (Nesterov) momentum and its weight decay is an L2 term of the loss.
+    "sgd_2012" differs where the learning rate e changes, which stands inside of the momentum:
+    v = m v - e (d w + g), w = w + v (Krizhevsky, Sutskever and Hinton, 2012, section 5). Where
     `muon_rate` is not 0, Muon takes their place for the kernels of `muon_pattern`. Around them
-    stand, from the inside, the factors of `rate_patterns`, `lookahead`, clipping, accumulation.
+    stand, from the inside, the factors of `rate_patterns`, `lookahead`, clipping, accumulation;
+    and parameters that are `frozen` have no part in any of it.
 
     Args:
         config: The section.
         schedule: Learning rate, from `create_schedule`.
         steps: Batches of the whole run, over which the decay of `lookahead` grows.
     """
+    plateau = config.schedule == "plateau"
+
+    def lowered(main: optax.GradientTransformation) -> optax.GradientTransformation:
+        return optax.chain(main, scale_by_plateau()) if plateau else main
+
     if config.name == "adam":
         main = optax.adam(schedule, config.b1, config.b2, config.eps)
     elif config.name == "adamw":
@@ -245,14 +331,22 @@ def create_optimizer(
             weight_decay=config.weight_decay,
             mask=kernels_only,
         )
+    elif config.name == "sgd_2012":
+        main = optax.chain(
+            optax.add_decayed_weights(config.weight_decay, mask=kernels_only),
+            lowered(optax.scale_by_learning_rate(schedule)),
+            optax.trace(config.momentum),
+        )
     else:
         main = optax.chain(
             optax.add_decayed_weights(config.weight_decay, mask=kernels_only),
-            optax.sgd(schedule, config.momentum, config.nesterov),
+            optax.sgd(schedule, config.momentum or None, config.nesterov),
         )
+    if config.name != "sgd_2012":
+        main = lowered(main)
     if config.muon_rate:
         main = optax.partition(
-            {True: _muon(config, schedule), False: main},
+            {True: lowered(_muon(config, schedule)), False: main},
             lambda params: _matching(config.muon_pattern, params),
         )
     if config.rate_patterns:
@@ -268,5 +362,10 @@ def create_optimizer(
     if config.clip_norm:
         main = optax.chain(optax.clip_by_global_norm(config.clip_norm), main)
     if config.accumulate_steps > 1:
-        return optax.MultiSteps(main, config.accumulate_steps).gradient_transformation()
+        main = optax.MultiSteps(main, config.accumulate_steps).gradient_transformation()
+    if config.frozen:
+        main = optax.partition(
+            {True: optax.set_to_zero(), False: main},
+            lambda params: _matching_any(config.frozen, params),
+        )
     return main

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 
@@ -68,6 +69,7 @@ def create_state(
     *,
     ema: bool = False,
     fixed: Mapping[str, Any] | None = None,
+    begin: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Initialises a run at step 0. Pure: the same seed gives the same state.
 
@@ -79,11 +81,15 @@ def create_state(
         ema: Whether to keep averaged weights.
         fixed: Collections of `model_state` that were measured (`models.measure_fixed`) and take
             the place of those that `model.init` makes.
+        begin: Arrays that take the place of initial ones: a part of the tree that `model.init`
+            makes, of a network trained before.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
+    variables = {**variables, **jax.tree.map(jnp.asarray, dict(fixed or {}))}
+    if begin:
+        variables = unflatten_dict(flatten_dict(variables) | flatten_dict(begin))
     model_state = {name: value for name, value in variables.items() if name != "params"}
-    model_state |= jax.tree.map(jnp.asarray, dict(fixed or {}))
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -26,11 +26,12 @@ from alexnet_jax import (
     replicas,
     report,
     run_folder,
+    starting,
     steps,
     writers,
 )
 from alexnet_jax.checkpoint import Checkpoints
-from alexnet_jax.config import validate
+from alexnet_jax.config import input_size, validate
 from alexnet_jax.data import augment, batches, streamed
 from alexnet_jax.data.resident import RunData, load_data
 from alexnet_jax.data.views import Views, create_views
@@ -39,7 +40,12 @@ from alexnet_jax.evaluation import evaluate, measures_of
 from alexnet_jax.interrupts import stop_requests
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
 from alexnet_jax.models import count_flops, create_model, describe, measure_fixed
-from alexnet_jax.optimizers import create_optimizer, create_schedule
+from alexnet_jax.optimizers import (
+    after_validation,
+    create_optimizer,
+    create_schedule,
+    plateau_factor,
+)
 from alexnet_jax.report import evidence
 from alexnet_jax.state import TrainState, create_state, find_not_finite
 
@@ -58,6 +64,7 @@ class Programs(NamedTuple):
     advance: Callable[[int], Callable[..., tuple[TrainState, TrainMetrics]]]  # by number of steps
     measure: dict[str, Callable[[TrainState, batches.Batch], EvalMetrics]]  # by suffix of the split
     judge: Callable[[TrainState, batches.Batch], tuple[EvalMetrics, dict[str, jax.Array]]]
+    validated: Callable[[TrainState, np.ndarray], TrainState]  # by the validation accuracy
     placement: NamedSharding  # of the state
 
 
@@ -118,6 +125,8 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     first = jax.process_index() == 0
     with processes.together():
         data = load_data(config, mesh)
+        start = starting.open_start(config, folder)
+        data = data._replace(info=data.info | start.info)
         if first:
             run_folder.check_dataset(folder, data.info)
     processes.same_everywhere(data.info, "the data set")
@@ -128,7 +137,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     model = create_model(config.model, num_classes=len(data.info["class_names"]), ops=chosen)
     schedule = create_schedule(config.optimizer, steps_per_epoch, config.train.epochs)
     programs = _build(config, model, schedule, data, mesh)
-    description = describe(model, tuple(data.info["image_shape"]))
+    description = describe(model, _input_shape(config))
     log.info("%s", description)
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     with processes.together():
@@ -141,7 +150,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         )
         closing_all.enter_context(processes.nobody_left_waiting())  # not even by closing
         with processes.together():
-            state, progress = _restore_or_create(checkpoints, programs)
+            state, progress = _restore_or_create(config, checkpoints, programs, start, mesh)
         processes.same_everywhere(state.steps_taken, "the newest readable checkpoint")
         if "whitening" in state.model_state:  # measured by each process for itself
             measured = checksums.fingerprints(state.model_state["whitening"])
@@ -168,7 +177,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         stopped, state = _loop(config, data, programs, schedule, state, checkpoints, writer, mesh)
         if not stopped:
             results, answers = _measure_at_the_end(config, data, programs, state, writer, mesh)
-            results["flops"] = count_flops(model, tuple(data.info["image_shape"]))
+            results["flops"] = count_flops(model, _input_shape(config))
             results["best_step"] = checkpoints.best_step
             with processes.together():
                 if first:
@@ -176,7 +185,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
                         folder,
                         answers,
                         samples=data.examples(evidence.SAMPLES),
-                        augment=augment.create_augment(config.augment, data.info["mean"]),
+                        augment=_augment(config, data),
                         params=_reported(state, config.num_seeds).params,
                         seed=config.seed,
                     )
@@ -200,6 +209,10 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     return results
 
 
+def _input_shape(config: ConfigDict) -> tuple[int, int, int]:
+    return (input_size(config.data), input_size(config.data), 3)
+
+
 def _build(
     config: ConfigDict, model: nn.Module, schedule: optax.Schedule, data: RunData, mesh: Mesh
 ) -> Programs:
@@ -207,13 +220,14 @@ def _build(
     optimizer = create_optimizer(
         config.optimizer, schedule, steps=config.train.epochs * data.steps_per_epoch
     )
-    normalize = augment.create_normalize(data.info["mean"], data.info["deviation"])
+    crop_size = config.data.crop_size
+    normalize = augment.create_normalize(data.info["mean"], data.info["deviation"], crop_size)
     one_step = functools.partial(
         steps.train_step,
         model=model,
         optimizer=optimizer,
         normalize=normalize,
-        augment=augment.create_augment(config.augment, data.info["mean"]),
+        augment=_augment(config, data),
         alternate_every=data.steps_per_epoch if config.augment.alternating_flip else 0,
         label_smoothing=config.train.label_smoothing,
         ema_decay=config.train.ema_decay,
@@ -256,21 +270,26 @@ def _build(
             return replicas.compile_reading(step, count, mesh, in_turn=in_turn)
         return parallel.compile_reading(step, mesh)
 
-    def create(fixed: Mapping[str, Any] | None = None) -> TrainState:
+    placement = replicas.state_sharding(count, mesh) if count > 1 else parallel.replicated(mesh)
+
+    def create(
+        fixed: Mapping[str, Any] | None = None, begin: Mapping[str, Any] | None = None
+    ) -> TrainState:
         create_one = functools.partial(
             create_state,
             model,
             optimizer,
-            tuple(data.info["image_shape"]),
+            _input_shape(config),
             ema=config.train.ema_decay > 0,
             fixed=fixed,
+            begin=begin,
         )
         if count > 1:
             return replicas.create(create_one, replicas.seeds(config.seed, count))
         return create_one(config.seed)
 
     measures = {"": measure(None)}
-    if views := create_views(config.test.views, config.augment.crop_padding):
+    if views := create_views(config.test.views, config.augment.crop_padding, config.data.crop_size):
         measures["_tta"] = measure(views)
     return Programs(
         create=create,
@@ -282,18 +301,50 @@ def _build(
         judge=parallel.compile_reading(
             functools.partial(steps.judge_step, model=model, normalize=normalize), mesh
         ),
-        placement=replicas.state_sharding(count, mesh) if count > 1 else parallel.replicated(mesh),
+        validated=_compile_validated(config, placement),
+        placement=placement,
     )
 
 
+def _augment(config: ConfigDict, data: RunData) -> augment.Augment:
+    colours = data.info.get("principal_colours", ())
+    return augment.create_augment(config.augment, data.info["mean"], config.data.crop_size, colours)
+
+
+def _compile_validated(
+    config: ConfigDict, placement: NamedSharding
+) -> Callable[[TrainState, np.ndarray], TrainState]:
+    """Returns what is done to the state once the accuracy after an epoch, of each seed, is known."""
+
+    def validated(state: TrainState, accuracy: jax.Array) -> TrainState:
+        lowered = after_validation(state.opt_state, accuracy, config.optimizer)
+        return state.replace(opt_state=lowered)
+
+    if config.optimizer.schedule != "plateau":
+        return lambda state, _: state
+    function = jax.vmap(validated) if config.num_seeds > 1 else validated
+    return jax.jit(function, donate_argnums=0, out_shardings=placement)
+
+
 def _restore_or_create(
-    checkpoints: Checkpoints, programs: Programs
+    config: ConfigDict,
+    checkpoints: Checkpoints,
+    programs: Programs,
+    start: starting.Start,
+    mesh: Mesh,
 ) -> tuple[TrainState, dict[str, Any]]:
     # The shapes say all that a restore needs, so nothing is initialised in vain.
-    restored = checkpoints.restore(jax.eval_shape(programs.create), programs.placement)
+    blank = jax.eval_shape(programs.create)
+    restored = checkpoints.restore(blank, programs.placement)
     if restored is None:
         create = functools.partial(programs.create, fixed=programs.fixed())
-        return jax.jit(create, out_shardings=programs.placement)(), {"train_seconds": 0.0}
+        shapes = blank.variables
+        if config.num_seeds > 1:
+            shapes = jax.eval_shape(lambda variables: replicas.pick(variables, 0), shapes)
+        # As an argument, since what a compiled function closes over becomes a part of it.
+        begin = parallel.place(start.fitting(shapes), parallel.replicated(mesh))
+        created = jax.jit(create, out_shardings=programs.placement)(begin=begin)
+        return created, {"train_seconds": 0.0}
     log.info("Going on from step %s.", f"{restored[0].steps_taken:,}")
     return restored
 
@@ -321,8 +372,10 @@ def _loop(
     pending: tuple[int, int, TrainMetrics] | None = None
     agree = processes.Agreement(mesh)
 
+    factor = plateau_factor(state.opt_state)  # constant within an epoch
+
     def rate_at(last: int) -> float:
-        return float(schedule((last - 1) // config.optimizer.accumulate_steps))
+        return factor * float(schedule((last - 1) // config.optimizer.accumulate_steps))
 
     def tell(last: int, count: int, metrics: TrainMetrics) -> None:
         """Waits for a dispatch that ended at step `last`, and writes what it measured."""
@@ -360,7 +413,12 @@ def _loop(
                 if broken := find_not_finite(state):
                     whose = replicas.states_not_finite(state, config.seed)
                     raise _diverged(f"{broken}{whose} is not finite", step, rate_at(step))
-                accuracy = _validate(data, programs, state, writer) if epoch_ends else None
+                measured = _validate(data, programs, state, writer) if epoch_ends else {}
+                accuracy = measured.get("accuracy")
+                if accuracy is not None:
+                    each = np.array(measured.get("accuracy_each", accuracy), np.float32)
+                    state = programs.validated(state, each)
+                    factor = plateau_factor(state.opt_state)
                 checkpoints.save(state, {"train_seconds": writer.seconds}, accuracy)
                 last_save = time.monotonic()
                 agree.forget()
@@ -378,10 +436,10 @@ def _diverged(what: str, step: int, rate: float) -> Diverged:
 
 def _validate(
     data: RunData, programs: Programs, state: TrainState, writer: writers.RunWriter
-) -> float | None:
-    """Measures the network on the validation images; returns the accuracy to judge it by."""
+) -> dict[str, Any]:
+    """Measures the network on the validation images; returns the figures to judge it by."""
     if not data.validation:
-        return None
+        return {}
     step = state.steps_taken
     measures = measures_of({"": programs.measure[""]}, state, "validation")
     results = evaluate(measures, data.validation)
@@ -396,7 +454,7 @@ def _validate(
             replicas.show_accuracy(figures),
             writers.duration(writer.progress.seconds_left(step)),
         )
-    return figures["accuracy"]  # of the averaged weights, where they are kept
+    return figures  # of the averaged weights, where they are kept
 
 
 def _measure_at_the_end(

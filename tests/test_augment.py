@@ -6,12 +6,16 @@ import pytest
 from alexnet_jax.config import default_config
 from alexnet_jax.data.augment import (
     alternating_flip,
+    centre,
     channel_statistics,
     create_augment,
     create_normalize,
     cutout,
+    principal_colours,
     random_crop,
     random_flip,
+    random_window,
+    shift_colours,
 )
 from alexnet_jax.data.images import count_values
 
@@ -210,3 +214,77 @@ def test_normalized_images_have_mean_0_and_deviation_1():
     )
     np.testing.assert_allclose(outputs.mean((0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(outputs.std((0, 1, 2)), 1, rtol=1e-5)
+
+
+def test_windows_come_from_anywhere_in_an_image():
+    images = noise(300, height=9, width=8)
+    taken = np.asarray(jax.jit(random_window, static_argnums=2)(KEY, images, 6))
+    assert taken.shape == (300, 6, 6, 3)
+    corners = []
+    for image, window in zip(images, taken, strict=True):
+        found = [
+            (y, x)
+            for y in range(4)
+            for x in range(3)
+            if np.array_equal(image[y : y + 6, x : x + 6], window)
+        ]
+        corners += found
+    _, counts = np.unique(corners, axis=0, return_counts=True)
+    assert counts.sum() == 300
+    assert len(counts) == 12  # each 25 times, give or take 4.8
+    assert 8 <= counts.min() < counts.max() <= 45
+
+
+@pytest.mark.parametrize(("size", "top", "left"), [(9, 0, 0), (5, 2, 2), (4, 2, 2)])
+def test_the_centre_is_in_the_middle(size, top, left):
+    images = noise(2, height=9, width=9)
+    expected = images[:, top : top + size, left : left + size]
+    np.testing.assert_array_equal(centre(jnp.asarray(images), size), expected)
+
+
+def test_evaluation_sees_the_middle_and_training_windows():
+    images = jnp.asarray(noise(4, height=9, width=9))
+    normalize = create_normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 5)
+    full = create_normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    np.testing.assert_array_equal(normalize(images), full(images)[:, 2:7, 2:7])
+    augment = create_augment(augment_section(crop_padding=0, flip=False), 5)
+    np.testing.assert_array_equal(augment(KEY, images).shape, (4, 5, 5, 3))
+    np.testing.assert_array_equal(normalize(augment(KEY, images)), full(augment(KEY, images)))
+
+
+def test_principal_colours_are_those_of_sklearn():
+    from sklearn.decomposition import PCA
+
+    rng = np.random.default_rng(0)
+    mix = np.array([[30, 25, 20], [10, -8, 0], [1, 2, -4]])
+    pixels = np.clip(rng.normal(size=(70 * 5 * 6, 3)) @ mix + 128, 0, 255).astype(np.uint8)
+    images = pixels.reshape(70, 5, 6, 3)  # more than the 64 that are summed at once
+    ours = np.array(principal_colours(images))
+    pca = PCA().fit(pixels)
+    theirs = pca.components_ * pca.singular_values_[:, None] / len(pixels) ** 0.5
+    theirs *= np.sign(theirs.sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_colours_shift_along_their_axes_by_the_deviation_asked_for():
+    axes = ((60.0, 60.0, 60.0), (20.0, 0.0, -20.0), (3.0, -6.0, 3.0))
+    images = np.broadcast_to(np.uint8([250, 128, 2]), (4000, 2, 2, 3))
+    shifted = np.asarray(jax.jit(shift_colours, static_argnums=(2, 3))(KEY, images, axes, 0.1))
+    shift = shifted - images
+    np.testing.assert_array_equal(shift, np.broadcast_to(shift[:, :1, :1], shift.shape))
+    shares = np.linalg.solve(np.array(axes).T, shift[:, 0, 0].T)
+    np.testing.assert_allclose(shares.std(axis=1), 0.1, rtol=0.05)
+    np.testing.assert_allclose(shares.mean(axis=1), 0, atol=0.008)
+    assert shifted.max() > 255  # and not cut off
+
+
+def test_augment_shifts_colours_if_asked():
+    images = jnp.asarray(noise(5))
+    axes = ((60.0, 60.0, 60.0), (20.0, 0.0, -20.0), (3.0, -6.0, 3.0))
+    options = {"crop_padding": 0, "flip": False}
+    plain = create_augment(augment_section(**options), colours=axes)(KEY, images)
+    assert plain.dtype == jnp.uint8
+    augment = create_augment(augment_section(**options, pca_colour=0.1), colours=axes)
+    shift = np.asarray(augment(KEY, images)) - images
+    assert np.ptp(shift[:, 0, 0], axis=0).min() > 1  # another for each image
+    np.testing.assert_array_equal(shift, np.broadcast_to(shift[:, :1, :1], shift.shape))

@@ -30,6 +30,8 @@ IMPOSSIBLE = {
     "data.test_split": ("",),
     "data.validation_fraction": (-0.1, 1.0),
     "data.image_size": (7, 1025),
+    "data.crop_size": (-1, 7, 1025),
+    "data.normalize": ("none", ""),
     "data.resident": ("yes", ""),
     "data.workers": (-1,),
     "data.read_ahead": (0,),
@@ -37,6 +39,7 @@ IMPOSSIBLE = {
     "augment.crop_fill": ("white",),
     "augment.cutout": (-1,),
     "test.views": ("five_crop",),
+    "augment.pca_colour": (-0.1,),
     "optimizer.name": ("adamax", ""),
     "optimizer.learning_rate": (0.0, -1e-3),
     "optimizer.schedule": ("exponential",),
@@ -44,6 +47,9 @@ IMPOSSIBLE = {
     "optimizer.final_fraction": (-0.1, 1.1),
     "optimizer.step_epochs": ((0, 10), (5, -1)),
     "optimizer.step_factor": (0.0,),
+    "optimizer.plateau_epochs": (0,),
+    "optimizer.frozen": ((1,),),
+    "init.checkpoint": ("last", ""),
     "optimizer.b1": (-0.1, 1.0),
     "optimizer.b2": (-0.1, 1.0),
     "optimizer.eps": (0.0,),
@@ -104,9 +110,9 @@ def test_every_config_file_is_valid(path):
 
 
 def test_an_unknown_model_is_refused_by_name():
-    with pytest.raises(InputError, match=r"'vgg'.*alexnet"):
-        default_config("vgg")
-    assert "'vgg'" in refusal(with_option("model.name", "vgg"))
+    with pytest.raises(InputError, match=r"'vgg19'.*alexnet"):
+        default_config("vgg19")
+    assert "'vgg19'" in refusal(with_option("model.name", "vgg19"))
 
 
 @pytest.mark.parametrize(
@@ -228,6 +234,15 @@ def test_every_number_has_a_rule():
             ("augment.alternating_flip", "augment.flip is False"),
         ),
         ({"augment__crop_padding": 32}, ("augment.crop_padding", "data.image_size, 32")),
+        (
+            {"augment__crop_padding": 24, "data__crop_size": 24},
+            ("augment.crop_padding", "data.crop_size, 24"),
+        ),
+        ({"data__crop_size": 33}, ("data.crop_size", "data.image_size, 32")),
+        (
+            {"optimizer__schedule": "plateau", "data__validation_fraction": 0.0},
+            ("optimizer.schedule", "data.validation_fraction"),
+        ),
     ],
 )
 def test_impossible_together_though_possible_alone(options, keys):

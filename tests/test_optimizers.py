@@ -9,11 +9,13 @@ import pytest
 from alexnet_jax.config import default_config
 from alexnet_jax.errors import InputError
 from alexnet_jax.optimizers import (
+    after_validation,
     check_patterns,
     create_optimizer,
     create_schedule,
     kernels_only,
     lookahead,
+    plateau_factor,
 )
 
 PARAMS = {
@@ -246,3 +248,82 @@ def test_patterns_that_cannot_be_meant_are_refused(options, says):
     with pytest.raises(InputError, match=says):
         check_patterns(section(**options), PARAMS)
     check_patterns(section(rate_patterns=("norm*/bias",), muon_rate=0.1), PARAMS)
+
+
+def test_sgd_of_2012_is_the_rule_of_the_paper():
+    """Section 5: v = 0.9 v - 0.0005 e w - e g and w = w + v, with an e that changes."""
+    rates = [0.1, 0.1, 0.01, 0.01, 0.001]
+    config = section(name="sgd_2012", momentum=0.9, weight_decay=5e-4, nesterov=True)
+    optimizer = create_optimizer(config, lambda count: jnp.array(rates)[count])
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.float32(rng.normal(size=(3, 2)))}
+    w, v, state = np.float64(params["kernel"]), 0.0, optimizer.init(params)
+    for rate in rates:
+        g = rng.normal(size=(3, 2))
+        updates, state = optimizer.update({"kernel": jnp.float32(g)}, state, params)
+        params = optax.apply_updates(params, updates)
+        v = 0.9 * v - 0.0005 * rate * w - rate * g
+        w = w + v
+        np.testing.assert_allclose(params["kernel"], w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_steps": 2}, {"frozen": ("conv1/*",)}])
+@pytest.mark.parametrize("name", ["adam", "sgd_2012"])
+def test_a_plateau_lowers_the_rate(name, options):
+    config = section(name=name, schedule="plateau", plateau_epochs=2, step_factor=0.1, **options)
+    state = create_optimizer(config, optax.constant_schedule(1.0)).init(PARAMS)
+    # The third has waited twice for more than 0.5; the seventh twice for more than 0.6.
+    accuracies = [0.5, 0.4, 0.5, 0.6, 0.6, 0.59, 0.7, 0.7]
+    expected = [1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01]
+    for accuracy, factor in zip(accuracies, expected, strict=True):
+        state = after_validation(state, accuracy, config)
+        assert plateau_factor(state) == pytest.approx(factor)
+
+
+def test_a_plateau_scales_the_updates():
+    config = section(name="sgd", momentum=0.0, schedule="plateau", plateau_epochs=1)
+    optimizer = create_optimizer(config, optax.constant_schedule(0.1))
+    state = optimizer.init(PARAMS)
+    for _ in range(2):
+        state = after_validation(state, 0.5, config)
+    gradients = jax.tree.map(jnp.ones_like, PARAMS)
+    updates, _ = optimizer.update(gradients, state, PARAMS)
+    for update in jax.tree.leaves(updates):
+        np.testing.assert_allclose(update, -0.1 * 0.1, rtol=1e-6)
+
+
+def test_other_schedules_do_not_go_by_the_accuracy():
+    config = section(schedule="cosine")
+    state = create_optimizer(config, optax.constant_schedule(1.0)).init(PARAMS)
+    assert after_validation(state, 0.5, config) is not None
+    assert plateau_factor(state) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_steps": 2, "clip_norm": 1.0}])
+def test_frozen_parameters_stay_and_have_no_state(options):
+    config = section(name="adamw", weight_decay=0.1, frozen=("conv*", "norm1/scale"), **options)
+    optimizer = create_optimizer(config, optax.constant_schedule(0.1))
+    state = optimizer.init(PARAMS)
+    trained = sum(
+        x.size
+        for name in ("norm1/bias", "logits/kernel", "logits/bias")
+        for x in [PARAMS[name.split("/")[0]][name.split("/")[1]]]
+    )
+    arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert sum(leaf.size for leaf in arrays) == trained * (3 if options else 2)
+    gradients = jax.tree.map(jnp.ones_like, PARAMS)
+    for _ in range(options.get("accumulate_steps", 1)):
+        updates, state = optimizer.update(gradients, state, PARAMS)
+    moved = jax.tree.map(lambda leaf: bool(jnp.any(leaf != 0)), updates)
+    assert moved == {
+        "conv1": {"kernel": False, "bias": False},
+        "norm1": {"scale": False, "bias": True},
+        "logits": {"kernel": True, "bias": True},
+    }
+
+
+def test_all_frozen_is_refused():
+    with pytest.raises(InputError, match="which is all parameters"):
+        check_patterns(section(frozen=("conv*", "*")), PARAMS)
+    with pytest.raises(InputError, match=r"optimizer\.frozen has 'cnov[*]'"):
+        check_patterns(section(frozen=("cnov*",)), PARAMS)

@@ -32,6 +32,8 @@ MEMORY_SHARE = 4
 # Pixels that mean and deviation are measured on, evenly spaced over the images: all of CIFAR-10;
 # 5,000 photographs of 224 x 224, which tell the mean to 1% of the deviation in seconds.
 STATISTICS_PIXELS = 2**28
+# The principal colours need them all at once: 1,024 photographs of 256 x 256.
+COLOUR_PIXELS = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,7 @@ class RunData(NamedTuple):
         read_test: Returns the batches of the test set; for the end of the run.
         sample: Returns about so many of the training images, evenly spaced, uint8[n, S, S, 3].
         info: What ``dataset.json`` holds: names of the classes, shape, mean and deviation,
-            checksums of the files.
+            principal colours where they are asked for, checksums of the files.
     """
 
     train: ResidentDataset | StreamedDataset
@@ -123,6 +125,11 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
             f"{len(first):,} images to train on, so it must be at most that."
         )
     sample = first[_evenly_spaced(len(first), STATISTICS_PIXELS // config.data.image_size**2)]
+    colours: dict[str, Any] = {}
+    if config.augment.pca_colour:
+        some = first[_evenly_spaced(len(first), COLOUR_PIXELS // config.data.image_size**2)]
+        examples = images[some] if resident else source.read(some)[0]
+        colours["principal_colours"] = augment.principal_colours(examples)
     train: ResidentDataset | StreamedDataset
     validation: list[batches.Batch] | StreamedBatches
     measure_on = functools.partial(_measure_on, config.data, config.train.eval_batch_size, mesh)
@@ -143,6 +150,8 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
             source, first, config.train.batch_size, config.train.epochs, mesh, config.data
         )
     mean, deviation = augment.channel_statistics(counts)
+    if config.data.normalize == "mean":
+        deviation = (1 / 255,) * len(mean)  # on the scale 0..1, which leaves pixels as they are
     log.info(
         "%s %s: %s images to train on, %s to validate, %s to test, %d classes (%.1f s).",
         "Read" if resident else "Streaming",
@@ -166,6 +175,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
             "image_shape": list(source.image_shape),
             "mean": mean,
             "deviation": deviation,
+            **colours,
             "checksums": {"train": source.checksum(), "test": test.checksum()},
             "images": {"train": len(first), "validation": len(second), "test": len(test)},
         },

@@ -45,8 +45,18 @@ def flip_translate(images: Array) -> Array:
     return _mirrored([images, *_shifted(images, 1, [(0, 0), (2, 2)])])
 
 
-def ten_crop(images: Array, padding: int) -> Array:
-    """The four corners and the centre of the image with a border, and their mirror images."""
+def ten_crop(images: Array, padding: int, size: int = 0) -> Array:
+    """The four corners and the centre of each image, and their mirror images: 10 views.
+
+    Args:
+        images: uint8[B, H, W, C].
+        padding: Pixels of reflected border that the image gets first; of no account with `size`.
+        size: Side of the crops; 0 is that of the image.
+    """
+    if size:
+        bottom, right = (side - size for side in images.shape[1:3])
+        corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
+        return _mirrored([images[:, y : y + size, x : x + size] for y, x in corners])
     far = 2 * padding
     corners = [(0, 0), (0, far), (far, 0), (far, far), (padding, padding)]
     return _mirrored(_shifted(images, padding, corners))
@@ -62,7 +72,7 @@ def mean_softmax(logits: Array) -> Array:
     return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - np.log(len(logits))
 
 
-def create_views(name: str, padding: int = 4) -> Views | None:
+def create_views(name: str, padding: int = 4, crop_size: int = 0) -> Views | None:
     """Returns the views of a name.
 
     "flip" and "flip_translate" are levels 1 and 2 of airbench (Jordan, 2024): logits are averaged,
@@ -73,11 +83,12 @@ def create_views(name: str, padding: int = 4) -> Views | None:
         name: One of `VIEWS`; "none" is None.
         padding: Pixels of reflected border around the image that "ten_crop" cuts from; that of
             `config.augment.crop_padding` shows the network what it was trained on.
+        crop_size: `config.data.crop_size`: where it is not 0, "ten_crop" cuts out so much.
     """
     if name == "flip":
         return Views(flip, mean_logits((1 / 2,) * 2))
     if name == "flip_translate":
         return Views(flip_translate, mean_logits((1 / 4,) * 2 + (1 / 8,) * 4))
     if name == "ten_crop":
-        return Views(lambda images: ten_crop(images, padding), mean_softmax)
+        return Views(lambda images: ten_crop(images, padding, crop_size), mean_softmax)
     return None

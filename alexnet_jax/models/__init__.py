@@ -14,13 +14,21 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.errors import InputError, show
 from alexnet_jax.models import whitening
-from alexnet_jax.models.alexnet import AlexNet
+from alexnet_jax.models.alexnet import AlexNet, AlexNet2012, AlexNetOWT
+from alexnet_jax.models.resnet import ResNet
+from alexnet_jax.models.vgg import VGG
 from alexnet_jax.ops import PLAIN, Ops
 
 # The contract of each class: fields `num_classes`, `axis_name`, `ops` and `dtype` as AlexNet has
 # them, fields with defaults for all that varies, and
 # __call__(images: float[B, H, W, 3], *, train: bool) -> logits float32[B, num_classes].
-MODELS: dict[str, type[nn.Module]] = {"alexnet": AlexNet}
+MODELS: dict[str, type[nn.Module]] = {
+    "alexnet": AlexNet,
+    "alexnet_2012": AlexNet2012,
+    "alexnet_owt": AlexNetOWT,
+    "resnet": ResNet,
+    "vgg": VGG,
+}
 
 # 8 GiB in float32, and Adam holds three times as much; AlexNet has 61 million.
 MAX_PARAMETERS = 2**31

@@ -30,7 +30,7 @@ def drop_in(algorithm: Algorithm) -> Callable[..., Array]:
 
     Args:
         algorithm: Asked for what it may cover: images in NHWC order of the kernel's dtype, without
-            dilation, groups, or options. XLA computes the rest.
+            dilation or options, one group of channels at a time. XLA computes the rest.
     """
 
     def conv_general_dilated(
@@ -45,6 +45,19 @@ def drop_in(algorithm: Algorithm) -> Callable[..., Array]:
         batch_group_count: int = 1,
         **options: Any,
     ) -> Array:
+        dilations = lhs_dilation, rhs_dilation
+        others = dimension_numbers, 1, batch_group_count, *options.values()
+        if feature_group_count > 1 and _is_ordinary(lhs, rhs, *dilations, *others):
+            # One by one: two groups of AlexNet's second convolution, forward and backward, take a
+            # quarter of the time that XLA needs (16 images: 1.2 s, not 4.6, on a busy machine).
+            parts = (jnp.split(array, feature_group_count, axis=-1) for array in (lhs, rhs))
+            results = [
+                conv_general_dilated(
+                    images, kernel, window_strides, padding, dimension_numbers=dimension_numbers
+                )
+                for images, kernel in zip(*parts, strict=True)
+            ]
+            return jnp.concatenate(results, axis=-1)
         arguments = (
             lhs_dilation,
             rhs_dilation,

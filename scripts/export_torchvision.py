@@ -1,0 +1,78 @@
+"""Writes the network of a run folder as a state dict of torchvision's AlexNet.
+
+Run `python scripts/export_torchvision.py --help` for what it takes.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from alexnet_jax import inference, pretrained
+from alexnet_jax.errors import InputError, SaveFailed
+
+_EPILOG = """\
+RUN must be of a network that torchvision has, which is config.model.name "alexnet_owt" with its own
+kernels, strides and paddings; widths and classes may be others. What was imported comes out again
+bit for bit.
+
+examples:
+  python scripts/export_torchvision.py runs/imagenet alexnet.pth
+  python scripts/export_torchvision.py runs/imagenet alexnet.safetensors --checkpoint=best
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+        arguments: The command line after the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0 if the file is written, 2 for bad input, 74 if it cannot be written.
+    """
+    options = _parser().parse_args(arguments)
+    which = int(options.checkpoint) if options.checkpoint.isdecimal() else options.checkpoint
+    try:
+        network = inference.load(options.run, checkpoint=which)
+        state_dict = pretrained.to_torchvision(network.answering.params)
+        pretrained.check_model(network.config.model)
+        pretrained.write_state_dict(state_dict, options.out)
+    except (InputError, SaveFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 74
+    classes = len(network.class_names)
+    print(
+        f"{options.out} holds the weights of {options.run} at step {network.step:,}: a state dict "
+        f"for torchvision.models.alexnet(num_classes={classes}), whose input has the mean "
+        f"{_listed(network.info['mean'])} and the deviation {_listed(network.info['deviation'])} "
+        "taken off and divided by, on the scale 0 to 1."
+    )
+    return 0
+
+
+def _listed(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Writes the network of a run folder as a state dict of torchvision's AlexNet.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="the run folder")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="the file to write: .safetensors, else PyTorch's"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="newest",
+        metavar="WHICH",
+        help='"newest" (default), "best" on the validation images, or a step',
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
