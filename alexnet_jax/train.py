@@ -314,7 +314,7 @@ def _augment(config: ConfigDict, data: RunData) -> augment.Augment:
 def _compile_validated(
     config: ConfigDict, placement: NamedSharding
 ) -> Callable[[TrainState, np.ndarray], TrainState]:
-    """Returns what is done to the state once the accuracy after an epoch, of each seed, is known."""
+    """Returns what changes the state once the accuracy after an epoch, of each seed, is known."""
 
     def validated(state: TrainState, accuracy: jax.Array) -> TrainState:
         lowered = after_validation(state.opt_state, accuracy, config.optimizer)
