@@ -41,7 +41,7 @@ _OPTIONS = {
     "train.ema_decay": 0.9,
     "writers.tensorboard": False,  # importing TensorFlow takes longer than the run
 }
-_PATIENCE = 120.0  # seconds that a session may take before it counts as hung
+_PATIENCE = 300.0  # seconds that a session may take before it counts as hung
 
 
 # Killing

@@ -247,7 +247,7 @@ def test_evaluation_sees_the_middle_and_training_windows():
     normalize = create_normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 5)
     full = create_normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     np.testing.assert_array_equal(normalize(images), full(images)[:, 2:7, 2:7])
-    augment = create_augment(augment_section(crop_padding=0, flip=False), 5)
+    augment = create_augment(augment_section(crop_padding=0, flip=False), crop_size=5)
     np.testing.assert_array_equal(augment(KEY, images).shape, (4, 5, 5, 3))
     np.testing.assert_array_equal(normalize(augment(KEY, images)), full(augment(KEY, images)))
 

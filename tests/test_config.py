@@ -227,7 +227,7 @@ def test_every_number_has_a_rule():
         ),
         (
             {"test__views": "ten_crop", "augment__crop_padding": 0},
-            ("test.views", "augment.crop_padding is 0"),
+            ("test.views", "augment.crop_padding and config.data.crop_size are 0"),
         ),
         (
             {"augment__flip": False, "augment__alternating_flip": True},

@@ -23,14 +23,14 @@ FILES = {
         "    config.optimizer.lr = 1\n"
         "    return config\n"
     ),
-    "vgg.py": (
+    "lenet.py": (
         "from alexnet_jax.config import default_config\n"
-        "def get_config():\n    return default_config('vgg')\n"
+        "def get_config():\n    return default_config('lenet')\n"
     ),
 }
 
 GIVEN = "--config=configs/digits.py"
-EXAMPLES = "name a config file, such as configs/cifar10.py"
+EXAMPLES = "name a config file, such as configs/"
 LACKS = "has no function get_config() that returns a ConfigDict"
 
 # Command line and what its sentence must contain.
@@ -56,7 +56,7 @@ BAD = [
     (["--config=imports.py"], "imports.py, line 1, cannot be used: ModuleNotFoundError"),
     (["--config=exits.py"], "exits.py, line 1, cannot be used: SystemExit"),
     (["--config=typo.py"], "typo.py, line 4, cannot be used: AttributeError"),
-    (["--config=vgg.py"], "vgg.py, line 3, cannot be used: config.model.name is 'vgg'"),
+    (["--config=lenet.py"], "lenet.py, line 3, cannot be used: config.model.name is 'lenet'"),
     ([GIVEN, "--config.optimzer.lr=1"], "config.optimzer.lr is not an option; the options of opt"),
     ([GIVEN, "-config.optimizer.lr", "1"], "config.optimizer.lr is not an option; the options of"),
     ([GIVEN, "--config.learning_rate=1"], "did you mean config.optimizer.learning_rate?"),
@@ -80,7 +80,10 @@ BAD = [
     ([GIVEN, "--config.model.features=a"], "config.model.features[0] is 'a', a str; it must be an"),
     ([GIVEN, "--config.model.features=3"], "config.model.kernels is (3, 3, 3, 3, 3); it must have"),
     ([GIVEN, "--config.model.dropout=1.5"], "config.model.dropout is 1.5; it must be at least 0"),
-    ([GIVEN, "--config.model.name=vgg"], "config.model.name is 'vgg'; it must be one of alexnet"),
+    (
+        [GIVEN, "--config.model.name=lenet"],
+        "config.model.name is 'lenet'; it must be one of alexnet",
+    ),
     (["--config.train.epochs=3", GIVEN], "before a value for --config was specified"),
     ([GIVEN, "stray"], "'stray' is no option; options begin with --."),
     (["stray", GIVEN], "'stray' is no option; options begin with --."),

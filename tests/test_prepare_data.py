@@ -651,7 +651,7 @@ def test_an_unwritable_folder_is_an_error(tmp_path):
 
 
 def test_ctrl_c_in_a_real_process(tmp_path):
-    path = write_folder(tmp_path / "pets", tree_files(count=2000))
+    path = write_folder(tmp_path / "pets", tree_files(count=5000))
     data_dir = tmp_path / "tfds"
     process = subprocess.Popen(
         [sys.executable, SCRIPT, path, f"--data_dir={data_dir}"],

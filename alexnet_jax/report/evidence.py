@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax.data.augment import Augment
+from alexnet_jax.data.augment import Augment, centre
 from alexnet_jax.errors import InputError
 from alexnet_jax.run_folder import (
     ENVIRONMENT,
@@ -115,11 +115,12 @@ def augmented(images: np.ndarray, augment: Augment, seed: int) -> Arrays:
         seed: Of the random changes.
 
     Returns:
-        `samples` uint8[1 + VERSIONS, n, H', W', C], the first as they are.
+        `samples` uint8[1 + VERSIONS, n, h, w, C], the first as they are, or their middle.
     """
     keys = jax.random.split(jax.random.key(seed), VERSIONS)
     changed = jax.device_get(jax.jit(jax.vmap(augment, in_axes=(0, None)))(keys, images))
-    rows = [images, *np.asarray(changed)]
+    changed = np.clip(np.round(changed), 0, 255).astype(np.uint8)  # colours may leave the scale
+    rows = [np.asarray(centre(images, changed.shape[2])), *changed]
     return {"samples": np.stack([np.stack([shrunk(image) for image in row]) for row in rows])}
 
 
