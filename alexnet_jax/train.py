@@ -390,7 +390,7 @@ def _loop(
 
     feeding = data.train.feed(steps.order_key(state.key), step)
     with stop_requests() as stop_requested, feeding as feed:
-        stopping = False
+        stopping, begun = False, False
         while step < total_steps and not stopping:
             # Dispatches end at the same steps whether or not the run was interrupted.
             position = step % steps_per_epoch
@@ -401,14 +401,18 @@ def _loop(
             if pending:  # one dispatch late, so that the device always has work
                 tell(*pending)
             pending = (step, count, metrics)
+            if not begun:  # the first at once: somebody waits for a sign of life
+                tell(*pending)
+                pending, begun = None, True
 
             epoch_ends = step % steps_per_epoch == 0
             every = config.checkpoint.every_seconds
             save_is_due = bool(every) and time.monotonic() - last_save >= every
             stopping, save_is_due = agree(stop_requested(), save_is_due)
             if epoch_ends or save_is_due or stopping:
-                tell(*pending)
-                pending = None
+                if pending:
+                    tell(*pending)
+                    pending = None
                 # A loss is of the parameters before its step: those after may be worse.
                 if broken := find_not_finite(state):
                     whose = replicas.states_not_finite(state, config.seed)

@@ -34,7 +34,10 @@ _ROOT = Path(__file__).resolve().parents[1]
 _EPOCHS, _STEPS_PER_EPOCH = 6, 10
 _OPTIONS = {
     "data.image_size": 8,
-    "model.features": (8, 8, 8, 8, 8),
+    "model.features": (8, 8),
+    "model.kernels": (3, 3),
+    "model.strides": (1, 1),
+    "model.pools": (True, True),
     "model.hidden": (16, 16),
     "train.batch_size": 128,
     "train.epochs": _EPOCHS,

@@ -32,3 +32,18 @@ def strict_dtypes():
     """No silent promotion of dtypes; not for all tests, as Optax and CLU rely on it."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_runs():
+    """For whole runs: two devices, for as many cores, since eight would take turns.
+
+    And no report but where a test asks for one: to draw it takes longer than such a run.
+    """
+    from alexnet_jax import parallel, train
+
+    make_mesh = parallel.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "make_mesh", lambda: make_mesh(jax.devices()[:2]))
+        patch.setattr(train, "_make_report", lambda folder: None)
+        yield

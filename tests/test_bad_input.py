@@ -18,7 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from alexnet_jax.config import default_config, flatten, validate
+from alexnet_jax.config import default_config, flatten, input_size, validate
 from alexnet_jax.data import augment
 from alexnet_jax.errors import InputError
 from alexnet_jax.models import create_model
@@ -37,15 +37,16 @@ def build(config, steps_per_epoch=7, num_classes=10):
     schedule = create_schedule(config.optimizer, steps_per_epoch, config.train.epochs)
     optimizer = create_optimizer(config.optimizer, schedule)
     size, batch = config.data.image_size, config.train.batch_size
+    seen, crop_size = input_size(config.data), config.data.crop_size
     create = functools.partial(
-        create_state, model, optimizer, (size, size, 3), config.seed, ema=config.train.ema_decay > 0
+        create_state, model, optimizer, (seen, seen, 3), config.seed, ema=config.train.ema_decay > 0
     )
     step = functools.partial(
         train_step,
         model=model,
         optimizer=optimizer,
-        augment=augment.create_augment(config.augment),
-        normalize=augment.create_normalize((0.5,) * 3, (0.2,) * 3),
+        augment=augment.create_augment(config.augment, (0.5,) * 3, crop_size, np.eye(3).tolist()),
+        normalize=augment.create_normalize((0.5,) * 3, (0.2,) * 3, crop_size),
         label_smoothing=config.train.label_smoothing,
         ema_decay=config.train.ema_decay,
     )

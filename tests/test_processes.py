@@ -175,7 +175,10 @@ def run_two(*arguments, signals=((0, 0), (0, 0)), code=DRIVER):
 
 OPTIONS = {
     "data.image_size": 8,
-    "model.features": (8, 8, 8, 8, 8),
+    "model.features": (8, 8),
+    "model.kernels": (3, 3),
+    "model.strides": (1, 1),
+    "model.pools": (True, True),
     "model.hidden": (16,),
     "model.dropout": 0.1,
     "optimizer.learning_rate": 1e-2,

@@ -15,6 +15,7 @@ from alexnet_jax.errors import Diverged, InputError, Interrupted
 from alexnet_jax.train import train_and_evaluate
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_runs"),
     # Orbax and TensorStore leave their event loops to the garbage collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -24,14 +25,7 @@ MAKE_MESH, ON_CPU = parallel.make_mesh, parallel.on_cpu
 SEEDS = (5, 6)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def two_devices():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "make_mesh", lambda: MAKE_MESH(jax.devices()[:2]))
-        yield
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("data"))
 
@@ -71,14 +65,14 @@ def records(folder):
     return found
 
 
-@pytest.fixture(scope="session")
-def both(data_dir, tmp_path_factory, two_devices):
+@pytest.fixture(scope="module")
+def both(data_dir, tmp_path_factory, quick_runs):
     folder = tmp_path_factory.mktemp("runs") / "both"
     return folder, train_and_evaluate(tiny_config(data_dir), folder)
 
 
-@pytest.fixture(scope="session")
-def alone(data_dir, tmp_path_factory, two_devices):
+@pytest.fixture(scope="module")
+def alone(data_dir, tmp_path_factory, quick_runs):
     """A run of its own for each seed."""
     folders = [tmp_path_factory.mktemp("runs") / str(seed) for seed in SEEDS]
     return [

@@ -27,7 +27,10 @@ ROOT = Path(__file__).parents[1]
 SIDE = 8
 MEAN, DEVIATION = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
+MAKE_MESH = parallel.make_mesh
+
 pytestmark = [
+    pytest.mark.usefixtures("quick_runs"),
     # Orbax and TensorStore leave their event loops to the garbage collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -180,8 +183,7 @@ def test_the_config_takes_the_network_from_the_run(source):
 
 @pytest.fixture
 def one_device(monkeypatch):
-    make = parallel.make_mesh
-    monkeypatch.setattr(parallel, "make_mesh", lambda: make(jax.devices()[:1]))
+    monkeypatch.setattr(parallel, "make_mesh", lambda: MAKE_MESH(jax.devices()[:1]))
 
 
 def saved(folder, step):

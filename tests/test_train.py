@@ -25,6 +25,7 @@ from alexnet_jax.report import evidence, figures
 from alexnet_jax.train import train_and_evaluate
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_runs"),
     # Orbax and TensorStore leave their event loops to the garbage collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -34,19 +35,7 @@ pytestmark = [
 MAKE_MESH, MAKE_REPORT = parallel.make_mesh, train._make_report
 
 
-@pytest.fixture(scope="session", autouse=True)
-def two_devices():
-    """As many as the machine has cores; eight take turns, and a minute for each run.
-
-    And no reports but where a test asks for one: to draw it takes longer than the run.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "make_mesh", lambda: MAKE_MESH(jax.devices()[:2]))
-        patch.setattr(train, "_make_report", lambda folder: None)
-        yield
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("data"))
 
@@ -63,7 +52,11 @@ def tiny_config(data_dir):
     config.data.image_size = 8
     config.augment.crop_padding = 1
     config.augment.flip = False
-    config.model.features = (8, 8, 8, 8, 8)
+    # Two convolutions: to trace and compile five is most of a run's time, and adds nothing here.
+    config.model.features = (8, 8)
+    config.model.kernels = (3, 3)
+    config.model.strides = (1, 1)
+    config.model.pools = (True, False)
     config.model.hidden = (16, 16)
     config.model.norm = "batch"
     config.model.dropout = 0.1
@@ -93,14 +86,14 @@ def saved_arrays(folder, step):
 
 def assert_same_run(one, other, step):
     arrays, others = saved_arrays(one, step), saved_arrays(other, step)
-    assert len(arrays) > 50
+    assert len(arrays) > 40
     for array, its_twin in zip(arrays, others, strict=True):
         np.testing.assert_array_equal(array, its_twin)
     assert records(one) == records(other)
 
 
-@pytest.fixture(scope="session")
-def whole_run(data_dir, tmp_path_factory, two_devices):
+@pytest.fixture(scope="module")
+def whole_run(data_dir, tmp_path_factory, quick_runs):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     results = train_and_evaluate(tiny_config(data_dir), folder)
     return folder, results

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -120,7 +121,7 @@ def augmented(images: np.ndarray, augment: Augment, seed: int) -> Arrays:
     keys = jax.random.split(jax.random.key(seed), VERSIONS)
     changed = jax.device_get(jax.jit(jax.vmap(augment, in_axes=(0, None)))(keys, images))
     changed = np.clip(np.round(changed), 0, 255).astype(np.uint8)  # colours may leave the scale
-    rows = [np.asarray(centre(images, changed.shape[2])), *changed]
+    rows = [np.asarray(centre(jnp.asarray(images), changed.shape[2])), *changed]
     return {"samples": np.stack([np.stack([shrunk(image) for image in row]) for row in rows])}
 
 
