@@ -101,6 +101,7 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.train.eval_batch_size = 500  # rounded up to a multiple of the devices
 
     config.test = ConfigDict()
+    config.test.measure = True  # at the end; False never opens the test set: for runs to choose by
     config.test.views = "none"  # measured beside: "flip", "flip_translate", "ten_crop"
 
     config.checkpoint = ConfigDict()
@@ -326,6 +327,11 @@ def _check_together(config: ConfigDict) -> None:
         raise InputError(
             f"config.optimizer.warmup_epochs is {optimizer.warmup_epochs}; "
             f"it must be at most config.train.epochs, {train.epochs}."
+        )
+    if not config.test.measure and not config.data.validation_fraction:
+        raise InputError(
+            "config.test.measure is False and config.data.validation_fraction is 0; nothing would "
+            "tell how good the network is: hold out validation images, or measure on the test set."
         )
     if len(optimizer.rate_patterns) != len(optimizer.rate_factors):
         raise InputError(
