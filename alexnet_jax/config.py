@@ -258,16 +258,7 @@ def validate(config: ConfigDict) -> None:
     for key, default in reference.items():
         if key not in given:
             raise InputError(f"config.{key} is missing; its default is {default!r}.")
-        check_type(key, given[key], default)
-        if key in _RULES:
-            test, right = _RULES[key]
-            if not test(given[key]):
-                raise InputError(f"config.{key} is {show(given[key])}; it must be {right}.")
-            if type(default) is float and not test(_to_float32(given[key])):
-                raise InputError(
-                    f"config.{key} is {given[key]!r}, in float32 {_to_float32(given[key])!r}; "
-                    f"it must be {right} there, too."
-                )
+        check_option(key, given[key], default)
     _check_together(config)
     variables = check_model(config.model, input_size(config.data))
     check_patterns(config.optimizer, variables["params"])
@@ -276,6 +267,27 @@ def validate(config: ConfigDict) -> None:
 def input_size(config: ConfigDict) -> int:
     """Returns the side, in pixels, of what the network sees, of the section `config.data`."""
     return config.crop_size or config.image_size
+
+
+def check_option(key: str, value: Any, default: Any) -> None:
+    """Refuses a value that an option cannot have, whatever the others are.
+
+    Options of a network are checked for their type alone; the rest depends on the network.
+
+    Raises:
+        InputError: Names the option, its value, and what would be right.
+    """
+    check_type(key, value, default)
+    if key not in _RULES:
+        return
+    test, right = _RULES[key]
+    if not test(value):
+        raise InputError(f"config.{key} is {show(value)}; it must be {right}.")
+    if type(default) is float and not test(_to_float32(value)):
+        raise InputError(
+            f"config.{key} is {value!r}, in float32 {_to_float32(value)!r}; it must be {right} "
+            "there, too."
+        )
 
 
 def check_type(key: str, value: Any, default: Any) -> None:

@@ -180,8 +180,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
             "mean": mean,
             "deviation": deviation,
             **colours,
-            "checksums": {"train": source.checksum()}
-            | ({"test": test.checksum()} if test else {}),
+            "checksums": {"train": source.checksum()} | ({"test": test.checksum()} if test else {}),
             "images": {"train": len(first), "validation": len(second)}
             | ({"test": len(test)} if test else {}),
         },
