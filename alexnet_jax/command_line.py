@@ -70,7 +70,7 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path, Flags]:
         raise InputError(f"--config is missing; name a config file{_known_configs()}.")
     if len(paths) > 1:
         raise InputError(f"--config is given twice, {' and '.join(paths)}; name one config file.")
-    config = _load_config(paths[0])
+    config = load_config(paths[0])
     options = dict(flatten(config))
     for argument in arguments:
         match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
@@ -108,8 +108,12 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path, Flags]:
     )
 
 
-def _load_config(path: str) -> ConfigDict:
-    """Reads a config file before absl does, whose errors about it are tracebacks."""
+def load_config(path: str) -> ConfigDict:
+    """Reads a config file, with what may follow it after a colon; absl's errors are tracebacks.
+
+    Raises:
+        InputError: It is not there, or makes no config.
+    """
     file, *argument = path.split(":", 1)
     if not os.path.isfile(file):  # pathlib's raises where a name is too long.
         raise InputError(f"--config={path} is not a file; name a config file{_known_configs()}.")
@@ -133,7 +137,7 @@ def _load_config(path: str) -> ConfigDict:
 
 def _help(path: str | None) -> str:
     """Lists every option with its value, in a config file if one is given."""
-    config = default_config() if path is None else _load_config(path)
+    config = default_config() if path is None else load_config(path)
     return "\n".join(
         [
             USAGE,

@@ -101,6 +101,7 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.train.eval_batch_size = 500  # rounded up to a multiple of the devices
 
     config.test = ConfigDict()
+    config.test.measure = True  # at the end; False never opens the test set: for runs to choose by
     config.test.views = "none"  # measured beside: "flip", "flip_translate", "ten_crop"
 
     config.checkpoint = ConfigDict()
@@ -257,16 +258,7 @@ def validate(config: ConfigDict) -> None:
     for key, default in reference.items():
         if key not in given:
             raise InputError(f"config.{key} is missing; its default is {default!r}.")
-        check_type(key, given[key], default)
-        if key in _RULES:
-            test, right = _RULES[key]
-            if not test(given[key]):
-                raise InputError(f"config.{key} is {show(given[key])}; it must be {right}.")
-            if type(default) is float and not test(_to_float32(given[key])):
-                raise InputError(
-                    f"config.{key} is {given[key]!r}, in float32 {_to_float32(given[key])!r}; "
-                    f"it must be {right} there, too."
-                )
+        check_option(key, given[key], default)
     _check_together(config)
     variables = check_model(config.model, input_size(config.data))
     check_patterns(config.optimizer, variables["params"])
@@ -275,6 +267,27 @@ def validate(config: ConfigDict) -> None:
 def input_size(config: ConfigDict) -> int:
     """Returns the side, in pixels, of what the network sees, of the section `config.data`."""
     return config.crop_size or config.image_size
+
+
+def check_option(key: str, value: Any, default: Any) -> None:
+    """Refuses a value that an option cannot have, whatever the others are.
+
+    Options of a network are checked for their type alone; the rest depends on the network.
+
+    Raises:
+        InputError: Names the option, its value, and what would be right.
+    """
+    check_type(key, value, default)
+    if key not in _RULES:
+        return
+    test, right = _RULES[key]
+    if not test(value):
+        raise InputError(f"config.{key} is {show(value)}; it must be {right}.")
+    if type(default) is float and not test(_to_float32(value)):
+        raise InputError(
+            f"config.{key} is {value!r}, in float32 {_to_float32(value)!r}; it must be {right} "
+            "there, too."
+        )
 
 
 def check_type(key: str, value: Any, default: Any) -> None:
@@ -326,6 +339,11 @@ def _check_together(config: ConfigDict) -> None:
         raise InputError(
             f"config.optimizer.warmup_epochs is {optimizer.warmup_epochs}; "
             f"it must be at most config.train.epochs, {train.epochs}."
+        )
+    if not config.test.measure and not config.data.validation_fraction:
+        raise InputError(
+            "config.test.measure is False and config.data.validation_fraction is 0; nothing would "
+            "tell how good the network is: hold out validation images, or measure on the test set."
         )
     if len(optimizer.rate_patterns) != len(optimizer.rate_factors):
         raise InputError(

@@ -117,7 +117,11 @@ def _accuracy(network: Network, results: dict[str, Any]) -> list[str]:
                     f"- {split}: {100 * found['accuracy']:.2f}% of {count:,} images, cross-entropy "
                     f"{found['loss']:.4f} nats"
                 )
-        lines.append("- The test images were used once, at the end of the run.")
+        lines.append(
+            "- The test images were used once, at the end of the run."
+            if "test" in results
+            else "- The run did not look at the test images."
+        )
     elif network.accuracy is not None and network.averaged == (network.config.train.ema_decay > 0):
         lines.append(
             f"- validation: {100 * network.accuracy:.2f}% of {counts.get('validation', 0):,} "

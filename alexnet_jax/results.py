@@ -32,16 +32,17 @@ class Run:
         """Of its replicas."""
         return list(self.results.get("seeds", [self.options["seed"]]))
 
-    def accuracies(self, views: str = "") -> list[float]:
-        """Returns the test accuracy of each seed, 0..1; none if it was not measured so.
+    def accuracies(self, views: str = "", split: str = "test") -> list[float]:
+        """Returns the accuracy of each seed, 0..1; none if it was not measured so.
 
         Args:
             views: "" for plain images, "_tta" for the average of several views.
+            split: "test" or "validation".
         """
         # Where weights are averaged, their average is what the run was for.
-        for split in (f"test{views}_ema", f"test{views}"):
-            if split in self.results:
-                found = self.results[split]
+        for name in (f"{split}{views}_ema", f"{split}{views}"):
+            if name in self.results:
+                found = self.results[name]
                 return list(found.get("accuracy_each", [found["accuracy"]]))
         return []
 
@@ -120,7 +121,7 @@ def _percent(values: Sequence[float]) -> tuple[str, str, str]:
 
 _COLUMNS = (
     "recipe",
-    "test accuracy (%)",
+    "{} accuracy (%)",
     "deviation",
     "95% interval",
     "with views (%)",
@@ -137,16 +138,20 @@ _COLUMNS = (
 def table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> str:
     """Lays out a row for each group, in Markdown, and below on what and how each was made.
 
-    The time is of one seed, from start to end, with the measurements on validation images.
+    The time is of one seed, from start to end, with the measurements on validation images. Where a
+    run was not to see the test set, all accuracies are of the validation images.
 
     Args:
         groups: Of `group`.
         names: Of the rows.
     """
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+    tested = all("test" in run.results for members in groups for run in members)
+    split = "test" if tested else "validation"
+    head = " | ".join(_COLUMNS).format(split)
+    lines = [f"| {head} |", "|" + "---|" * len(_COLUMNS)]
     for members, name in zip(groups, names, strict=True):
-        plain = [accuracy for run in members for accuracy in run.accuracies()]
-        views = [accuracy for run in members for accuracy in run.accuracies("_tta")]
+        plain = [accuracy for run in members for accuracy in run.accuracies("", split)]
+        views = [accuracy for run in members for accuracy in run.accuracies("_tta", split)]
         seconds = sum(run.results["train_seconds"] for run in members)
         pace = sum(run.images_trained for run in members) / max(seconds, 1e-9)
         first = members[0].results
@@ -169,9 +174,10 @@ def table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> str:
         seeds = sorted(seed for run in members for seed in run.seeds)
         hardware = sorted({run.results["devices"] for run in members})
         data, images = example.dataset["name"], example.dataset["images"]
+        use = "tested" if tested else "validated"
         lines.append(
-            f"- **{name}**: {data}, trained on {images['train']:,} images, tested "
-            f"on {images['test']:,}; {', '.join(hardware)}; seeds {', '.join(map(str, seeds))}.  \n"
+            f"- **{name}**: {data}, trained on {images['train']:,} images, {use} "
+            f"on {images[split]:,}; {', '.join(hardware)}; seeds {', '.join(map(str, seeds))}.  \n"
             f"  `{command(example)}`"
         )
     return "\n".join(lines)

@@ -124,7 +124,7 @@ def open_run_folder(workdir: Path, config: ConfigDict) -> Iterator[Path]:
             f"--workdir={workdir} holds files but no {CONFIG}, so it is no run folder; "
             "name an empty or a new one."
         )
-    with _lock(folder):
+    with lock(folder):
         for left_over in folder.glob(".*.tmp"):  # by a kill
             left_over.unlink()
         _check_config(folder, config)
@@ -149,8 +149,16 @@ def _make(workdir: Path) -> Path:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Keeps other runs out. The system lets the lock go with the process, however that ends."""
+def lock(folder: Path, what: str = "a run") -> Iterator[None]:
+    """Keeps other processes out. The system lets the lock go with this one, however it ends.
+
+    Args:
+        folder: Holds the lock's file.
+        what: Is going on in it, for the sentence.
+
+    Raises:
+        InputError: Another process holds the lock.
+    """
     with (folder / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -158,7 +166,7 @@ def _lock(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise InputError(
-                f"a run is going on in {folder} ({holder}); wait for its end or stop it, or "
+                f"{what} is going on in {folder} ({holder}); wait for its end or stop it, or "
                 "name another --workdir."
             ) from None
         except OSError as error:
@@ -173,6 +181,17 @@ def _lock(folder: Path) -> Iterator[None]:
             file.truncate(0)
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a run is going on in a folder, of any process."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with lock(folder):
+            return False
+    except InputError:
+        return True
 
 
 def _check_config(folder: Path, config: ConfigDict) -> None:

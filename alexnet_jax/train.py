@@ -471,7 +471,8 @@ def _measure_at_the_end(
 ) -> tuple[dict[str, Any], evidence.Answers]:
     """Measures the finished network on the validation and test images; returns the results.
 
-    With them come the answers for the test images, of the averaged weights where they are kept.
+    With them come the answers for the test images, of the averaged weights where they are kept; of
+    a run that is not to see the test set, those for the validation images.
     """
     results: dict[str, Any] = {
         "step": state.steps_taken,
@@ -485,8 +486,9 @@ def _measure_at_the_end(
         },
     }
     answers = evidence.Answers()
-    tested = measures_of(programs.measure, state, "test")
-    judged = "test_ema" if state.ema else "test"
+    last = "test" if data.read_test else "validation"
+    tested = measures_of(programs.measure, state, last)
+    judged = f"{last}_ema" if state.ema else last
     measure, network = tested[judged], _reported(state, config.num_seeds)
 
     def judge(batch: batches.Batch) -> EvalMetrics:
@@ -495,15 +497,18 @@ def _measure_at_the_end(
         return metrics if config.num_seeds == 1 else measure(batch)
 
     tested[judged] = judge
-    log.info("Reading the test set, for the first and only time.")
-    measured = evaluate(measures_of(programs.measure, state, "validation"), data.validation)
-    measured |= evaluate(tested, data.read_test())
+    if data.read_test:
+        log.info("Reading the test set, for the first and only time.")
+        measured = evaluate(measures_of(programs.measure, state, "validation"), data.validation)
+        measured |= evaluate(tested, data.read_test())
+    else:
+        measured = evaluate(tested, data.validation)
     for name, result in measured.items():
         figures = replicas.summary({key: result[key] for key in ("loss", "accuracy")})
         confusion = np.asarray(result["confusion"])  # of all replicas together
         confusion = confusion.reshape(-1, *confusion.shape[-2:]).sum(0)
         results[name] = figures | {"confusion": confusion.tolist()}
-        if name in tested or "_tta" in name:  # the others stand there already
+        if name.startswith("test") or "_tta" in name:  # the others stand there already
             writer.measured(results["step"], name, figures)
     return results, answers
 
@@ -538,7 +543,8 @@ def _tell_results(results: dict[str, Any], folder: Path) -> None:
     names = run_folder.read_json(folder / run_folder.DATASET)["class_names"]
     tested = next(split for split in reversed(run_folder.SPLITS) if split in results)
     table = report.class_table(np.array(results[tested]["confusion"]), tuple(names))
-    log.info("\nTest set, class by class:\n%s\n", table)
+    which = "Test" if tested.startswith("test") else "Validation"
+    log.info("\n%s set, class by class:\n%s\n", which, table)
     for split in run_folder.SPLITS:
         if split in results:
             log.info(

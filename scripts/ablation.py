@@ -5,17 +5,17 @@ Run `python scripts/ablation.py --help` for what it takes.
 
 import argparse
 import importlib.util
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax.errors import InputError
+from alexnet_jax.errors import InputError, SaveFailed
 
 ROOT = Path(__file__).parents[1]
 _EPILOG = """\
 Each row has a run folder of its own, WORKDIR/NN-name. The same command again skips those that are
-finished and goes on in the one that is not. What follows -- goes to every run.
+finished and goes on in the one that is not. What follows -- goes to every run. At the end WORKDIR
+holds table.md, comparison.png and comparison.html, as of scripts/compare.py.
 
 The rows are for choosing, so they are told apart on the validation images, which the default holds
 out of the training images; the table has the test accuracy, too, for the last report.
@@ -33,34 +33,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line after the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0 all rows are trained, 2 bad input, or that of the run that ended otherwise.
+        The exit code: 0 all rows are trained, 2 bad input, 74 a file cannot be written, or that of
+        the run that ended otherwise.
     """
     options = _parser().parse_args(arguments)
     try:
         rows = _rows(options.rows)
+        from alexnet_jax import comparison, writers  # imports JAX, as --help does not
+
+        entries = [
+            comparison.Entry(f"{number:02}-{name}", f"{ROOT / 'configs' / 'ablation.py'}:{number}")
+            for number, name in rows
+        ]
+        flags = [extra for extra in options.flags if extra != "--"]
+        writers.log_to_terminal()
+        code = comparison.train(entries, options.workdir, options.num_seeds, flags)
+        if code:
+            return code
+        print(comparison.compare(entries, options.workdir, options.num_seeds))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    folders = []
-    for number, name in rows:
-        folder = options.workdir / f"{number:02}-{name}"
-        folders.append(folder)
-        print(f"Row {number}, {name}: {folder}", file=sys.stderr)
-        ended = subprocess.run(
-            [
-                *(sys.executable, "-m", "alexnet_jax.main"),
-                f"--config={ROOT / 'configs' / 'ablation.py'}:{number}",
-                f"--workdir={folder}",
-                f"--config.num_seeds={options.num_seeds}",
-                *(extra for extra in options.flags if extra != "--"),
-            ]
-        )
-        if ended.returncode:  # it has said why
-            return ended.returncode
-    from alexnet_jax import results  # imports JAX, as --help does not
-
-    runs = [results.read_run(folder) for folder in folders]
-    print(results.table([[run] for run in runs], [run.folder.name for run in runs]))
+    except SaveFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 74
     print(f"Next: python scripts/results.py {options.workdir}/*/ --into=FILE", file=sys.stderr)
     return 0
 

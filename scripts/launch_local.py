@@ -9,7 +9,6 @@ processes. If one fails, the others get some seconds to end by themselves.
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import shlex
 import signal
@@ -19,8 +18,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import IO, Any, NoReturn
+
+from alexnet_jax import gpus
 
 # A process notices at once that another is gone, by its connections; this is beyond that.
 GRACE_SECONDS = 15.0
@@ -67,23 +67,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def gpus(environment: Mapping[str, str]) -> list[str]:
-    """Names the GPUs that JAX may use; none without its CUDA plugin."""
-    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-    platforms = environment.get("JAX_PLATFORMS", "cuda")
-    if not any(map(importlib.util.find_spec, plugins)) or "cuda" not in platforms:
-        return []
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name]
-    return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
-
-
 def device_variables(
     process: int, count: int, devices: int, environment: Mapping[str, str]
 ) -> dict[str, str]:
     """Returns the variables that give one of `count` processes its own devices."""
-    found = gpus(environment)
+    found = gpus.visible(environment)
     if not found:
         return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     if len(found) < count * devices:

@@ -230,6 +230,10 @@ def test_every_number_has_a_rule():
             ("test.views", "augment.crop_padding and config.data.crop_size are 0"),
         ),
         (
+            {"test__measure": False, "data__validation_fraction": 0.0},
+            ("test.measure is False", "data.validation_fraction is 0"),
+        ),
+        (
             {"augment__flip": False, "augment__alternating_flip": True},
             ("augment.alternating_flip", "augment.flip is False"),
         ),

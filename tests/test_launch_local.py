@@ -1,5 +1,6 @@
 """The local launcher, with small programs in place of trainings."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -81,7 +82,7 @@ time.sleep(100)
 def test_devices_are_fake_ones_or_a_gpu_each(launcher, monkeypatch, capsys):
     cpu = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "3"}
     assert launcher.device_variables(1, 2, 3, {}) == cpu
-    monkeypatch.setattr(launcher.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert launcher.device_variables(1, 2, 3, {"JAX_PLATFORMS": "cpu"}) == cpu
     visible = {"CUDA_VISIBLE_DEVICES": "2,3,5,7"}
     assert launcher.device_variables(1, 2, 2, visible) == {"CUDA_VISIBLE_DEVICES": "5,7"}

@@ -3,13 +3,16 @@
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from alexnet_jax import comparison
 from alexnet_jax.config import default_config, flatten
 from alexnet_jax.errors import InputError
+from alexnet_jax.report import figures
 from alexnet_jax.results import BEGIN, END, command, confidence, group, read_run, table
 
 ROOT = Path(__file__).parents[1]
@@ -161,30 +164,133 @@ def test_the_ablation_leads_from_classic_to_best():
 def test_the_ablation_runs_its_rows_in_turn_and_stops_where_one_does(tmp_path, capsys, monkeypatch):
     module, called = program("scripts", "ablation"), []
 
-    class Ended:
-        returncode = 0
+    codes = [0, 0, 75]
 
-    def run(arguments):
-        called.append(arguments[1:])
-        folder = Path(arguments[4].removeprefix("--workdir="))
-        if Ended.returncode == 0:
+    def train(arguments):
+        folder = Path(arguments[1].removeprefix("--workdir="))
+        code = codes[len(called)]
+        if code == 0:
             make_run(folder, (0.8, 0.9))
-        return Ended
+        called.append(arguments)
+        return code
 
-    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(comparison, "_train_one", train)
     tmp_path /= "runs"
     tmp_path.mkdir()
     flags = ["--rows=0,2", "--num_seeds=2", f"--workdir={tmp_path}"]
     assert module.main([*flags, "--", "--config.data.name=x"]) == 0
-    assert [a[2].rpartition(":")[2] for a in called] == ["0", "2"]
-    assert called[0][3:] == [
+    assert [a[0].rpartition(":")[2] for a in called] == ["0", "2"]
+    assert called[0][1:] == [
         f"--workdir={tmp_path / '00-classic'}",
         "--config.num_seeds=2",
         "--config.data.name=x",
     ]
     assert "| 00-classic | 85.00 |" in capsys.readouterr().out
-    Ended.returncode = 75
     assert module.main(flags) == 75
     assert len(called) == 3
     assert module.main(["--rows=99"]) == 2
     assert "--rows=99 must be numbers between 0 and" in capsys.readouterr().err
+
+
+def with_curves(folder, seconds, each, *, test=(), **options):
+    """A run folder of so many seeds with accuracies on the validation images, [epochs][seeds]."""
+    config = program("configs", "cifar10_classic").get_config()
+    config.update_from_flattened_dict(options)
+    measured = {"accuracy": float(np.mean(each[-1])), "accuracy_each": list(each[-1])}
+    make_run(folder, each[-1], config=config, epochs=len(each), train_seconds=seconds)
+    results = json.loads((folder / "results.json").read_text()) | {"validation": measured}
+    if not config.test.measure:
+        del results["test"]
+    (folder / "results.json").write_text(json.dumps(results))
+    records = [
+        {"step": epoch, "epoch": float(epoch), "split": "validation", "loss": 1.0}
+        | {"accuracy": float(np.mean(values)), "accuracy_each": list(values)}
+        for epoch, values in enumerate(each, 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def test_configs_are_compared_over_seeds_and_time(tmp_path, capsys, monkeypatch):
+    module, drawn = program("scripts", "compare"), []
+    curves = {"cifar10": [(0.2, 0.4), (0.5, 0.9)], "ablation-3": [(0.3, 0.3), (0.6, 0.6)]}
+
+    def train(arguments):
+        folder = Path(arguments[1].removeprefix("--workdir="))
+        assert arguments[2:] == ["--config.num_seeds=2", "--noconfig.test.measure"]
+        different = {"model.dropout": 0.1 * len(folder.name)}
+        with_curves(folder, 80.0, curves[folder.name], **different, **{"test.measure": False})
+        return 0
+
+    def draw(rows, split):
+        drawn.extend(rows)
+        assert split == "validation"
+        return figure(rows, split)
+
+    figure = figures.accuracy_over_time
+    monkeypatch.setattr(comparison, "_train_one", train)
+    monkeypatch.setattr(figures, "accuracy_over_time", draw)
+    configs = [str(ROOT / "configs" / name) for name in ("cifar10.py", "ablation.py:3")]
+    flags = ["--seeds=2", f"--workdir={tmp_path}", "--", "--noconfig.test.measure"]
+    assert module.main([*configs, *flags]) == 0
+    header, (first, second) = rows(capsys.readouterr().out)
+    assert header[1] == "validation accuracy (%)"
+    assert first[:3] == ["cifar10", "70.00", "28.28"]
+    assert second[:3] == ["ablation-3", "60.00", "0.00"]
+    assert "validated on 5,000" in (tmp_path / "table.md").read_text()
+    for (name, seconds, accuracies), wanted in zip(drawn, curves, strict=True):
+        assert name == wanted
+        np.testing.assert_allclose(seconds, [20.0, 40.0])  # of one seed of two
+        np.testing.assert_allclose(accuracies, np.transpose(curves[name]))
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "ablation-3" in (tmp_path / "comparison.html").read_text()
+
+
+def test_seeds_in_runs_of_their_own_make_one_curve(tmp_path):
+    for seed, accuracy in enumerate((0.5, 0.7)):
+        make_run(tmp_path / f"one-seed{seed}", (accuracy,), seed=seed)
+    table = comparison.compare(
+        [comparison.Entry("one", "one.py")], tmp_path, seeds=2, separately=True
+    )
+    assert "| one | 60.00 | 14.14 |" in table
+    groups = [[read_run(tmp_path / f"one-seed{seed}") for seed in range(2)]]
+    seconds, accuracies = comparison._curves(groups[0], "test")
+    np.testing.assert_allclose(seconds, [100.0])
+    np.testing.assert_allclose(accuracies, [[0.5], [0.7]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["configs/cifar10.py", "configs/cifar10.py"], "cifar10 is compared with itself"),
+        (["configs/cifar10.py", "configs/nothing.py"], "configs/nothing.py is not a file"),
+        (["configs/cifar10.py", "--seeds=0"], "the number of seeds is 0; it must be at least 1"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_before_anything_is_trained(
+    arguments, message, capsys, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(comparison, "_train_one", lambda arguments: pytest.fail("trained"))
+    assert program("scripts", "compare").main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_request_to_stop_is_passed_on_to_the_run(monkeypatch, tmp_path):
+    """Once: a second one would end it before it has saved."""
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "count = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: count.append(1))\n"
+        "os.kill(os.getppid(), signal.SIGINT)\n"
+        "while not count: time.sleep(0.01)\n"
+        "time.sleep(0.5)\n"
+        "sys.exit(74 + len(count))\n"
+    )
+    popen = comparison.subprocess.Popen
+    monkeypatch.setattr(
+        comparison.subprocess,
+        "Popen",
+        lambda command, **options: popen([sys.executable, str(script)], **options),
+    )
+    assert comparison._train_one([]) == 75

@@ -423,6 +423,31 @@ def test_data_changed_since_the_run_began_are_refused(config, unfinished, tmp_pa
         train_and_evaluate(config, unfinished)
 
 
+def test_a_run_to_choose_by_does_without_the_test_set(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_make_report", MAKE_REPORT)
+    load_source(config.data, "train")
+    shutil.copytree(config.data.data_dir, tmp_path / "data")
+    config.data.data_dir = str(tmp_path / "data")
+    for path in (tmp_path / "data").rglob("digits-test.array_record*"):
+        path.unlink()
+    config.train.epochs = 1
+    config.test.measure = False
+    results = train_and_evaluate(config, tmp_path / "run")
+    measured = [name for name in results if name.startswith(("validation", "test"))]
+    assert measured == ["validation", "validation_ema"]
+    names = [record["split"] for record in records(tmp_path / "run") if record["split"] != "train"]
+    assert names == measured  # once
+    info = json.loads((tmp_path / "run" / "dataset.json").read_text())
+    assert info["images"] == {"train": 1295, "validation": 142}
+    assert info["checksums"].keys() == {"train"}
+    answers = evidence.read_arrays(tmp_path / "run" / "predictions.npz")
+    right = np.mean(answers["classes"][:, 0] == answers["label"])
+    assert right == pytest.approx(results["validation_ema"]["accuracy"])
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The run was not to see the test set." in page
+    assert "of the validation images were taken for another class" in page
+
+
 def test_on_a_full_disk_a_run_trains_on_and_ends_with_a_sentence(data_dir, tmp_path):
     """As small a limit for each file as keeps the checkpoints, and nothing else, from being."""
     code = """

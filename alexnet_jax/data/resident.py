@@ -71,14 +71,15 @@ class ResidentDataset:
 
 
 class RunData(NamedTuple):
-    """The images of a run; the test set is open and not yet read.
+    """The images of a run; the test set is open and not yet read, or left alone.
 
     Attributes:
         train: What the training steps draw their batches from.
         train_size: N.
         steps_per_epoch: Whole batches in N images.
         validation: Batches that are split over the devices; none if no images are held out.
-        read_test: Returns the batches of the test set; for the end of the run.
+        read_test: Returns the batches of the test set; for the end of the run. None if the run
+            is not to see it.
         sample: Returns about so many of the training images, evenly spaced, uint8[n, S, S, 3].
         info: What ``dataset.json`` holds: names of the classes, shape, mean and deviation,
             principal colours where they are asked for, checksums of the files.
@@ -88,7 +89,7 @@ class RunData(NamedTuple):
     train_size: int
     steps_per_epoch: int
     validation: list[batches.Batch] | StreamedBatches
-    read_test: Callable[[], list[batches.Batch] | StreamedBatches]
+    read_test: Callable[[], list[batches.Batch] | StreamedBatches] | None
     sample: Callable[[int], np.ndarray]
     info: dict[str, Any]
 
@@ -104,7 +105,8 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     """Opens the data, holds the validation images out of them, and places what fits.
 
     Args:
-        config: The whole config; the data, the batch sizes and the validation share are used.
+        config: The whole config; the data, the batch sizes, the validation share, and whether the
+            test set is measured, are used.
         mesh: The devices.
 
     Raises:
@@ -112,7 +114,9 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     """
     started = time.monotonic()
     source = load_source(config.data, config.data.train_split)
-    test = load_source(config.data, config.data.test_split)  # opened now, to know that it is there
+    test = None
+    if config.test.measure:  # opened now, to know that it is there
+        test = load_source(config.data, config.data.test_split)
     resident = _is_resident(config.data, len(source), mesh)
     if resident:
         images, labels = cache.decoded(source)
@@ -153,12 +157,12 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     if config.data.normalize == "mean":
         deviation = (1 / 255,) * len(mean)  # on the scale 0..1, which leaves pixels as they are
     log.info(
-        "%s %s: %s images to train on, %s to validate, %s to test, %d classes (%.1f s).",
+        "%s %s: %s images to train on, %s to validate, %s, %d classes (%.1f s).",
         "Read" if resident else "Streaming",
         config.data.name,
         f"{len(first):,}",
         f"{len(second):,}",
-        f"{len(test):,}",
+        f"{len(test):,} to test" if test else "the test set stays closed",
         len(source.class_names),
         time.monotonic() - started,
     )
@@ -167,7 +171,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
         train_size=len(first),
         steps_per_epoch=len(first) // config.train.batch_size,
         validation=validation,
-        read_test=functools.partial(measure_on, test),
+        read_test=functools.partial(measure_on, test) if test else None,
         sample=lambda count: source.read(first[_evenly_spaced(len(first), count)])[0],
         info={
             "name": config.data.name,
@@ -176,8 +180,9 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
             "mean": mean,
             "deviation": deviation,
             **colours,
-            "checksums": {"train": source.checksum(), "test": test.checksum()},
-            "images": {"train": len(first), "validation": len(second), "test": len(test)},
+            "checksums": {"train": source.checksum()} | ({"test": test.checksum()} if test else {}),
+            "images": {"train": len(first), "validation": len(second)}
+            | ({"test": len(test)} if test else {}),
         },
     )
 

@@ -49,7 +49,7 @@ _PACKAGES = (
 
 
 class Answers:
-    """Gathers what the network answers for test images, batch by batch."""
+    """Gathers what the network answers for the images it is judged by, batch by batch."""
 
     def __init__(self) -> None:
         self._rows: list[Arrays] = []
@@ -77,7 +77,7 @@ class Answers:
         self._seen += int(mask.sum())
 
     def predictions(self) -> Arrays:
-        """Returns what ``predictions.npz`` holds of N images, in the order of the test set.
+        """Returns what ``predictions.npz`` holds of N images, in the order of their set.
 
         `label` int32[N]; `classes` int32[N, K], the likeliest, likeliest first; their
         `probabilities` float32[N, K]; and `label_probability` float32[N], of the label.

@@ -8,7 +8,7 @@ import base64
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +72,14 @@ def _style(axes: "Axes", xlabel: str, ylabel: str, *, grid: bool = True) -> None
 
 
 def _over_epochs(axes: "Axes", ylabel: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     _style(axes, "epoch", ylabel)
     axes.set_xlim(left=0)
+    _whole_numbers(axes)
+
+
+def _whole_numbers(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
@@ -380,6 +384,102 @@ def comparison(runs: Sequence[tuple[str, list[dict[str, Any]]]], name: str) -> "
     _over_epochs(axes, "training loss (nats)" if name == "loss" else "accuracy")
     if name == "accuracy":
         _percent(axes.yaxis)
+    _legend_below(figure, axes, 2)
+    return figure
+
+
+def search(
+    trials: Sequence[tuple[str, float | None, Mapping[str, Any]]],
+    importances: Mapping[str, float],
+    logarithmic: Collection[str] = (),
+) -> "Figure":
+    """Draws the trials of a sweep: how far it has come, what matters, and each option by itself.
+
+    Args:
+        trials: State ("complete", "pruned" or "fail"), accuracy and options of each, in order.
+        importances: Share of the variation that each option explains; may be empty.
+        logarithmic: Options whose axes are.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    names = list(dict.fromkeys(name for *_, options in trials for name in options))
+    columns = min(3, max(2, len(names)))
+    below = -(-len(names) // columns)
+    figure = _figure(4 * columns, 3 * (1 + below))
+    grid = figure.add_gridspec(1 + below, columns)
+    history = figure.add_subplot(grid[0, : columns - 1])
+    measured = [(i, *trial) for i, trial in enumerate(trials, 1) if trial[1] is not None]
+    complete = [(i, accuracy) for i, state, accuracy, _ in measured if state == "complete"]
+    pruned = [(i, accuracy) for i, state, accuracy, _ in measured if state == "pruned"]
+    if complete:
+        numbers, values = zip(*complete, strict=True)
+        history.step(
+            [*numbers, len(trials)],
+            np.maximum.accumulate([*values, values[-1]]),
+            where="post",
+            color=BLUE,
+            label="best so far",
+        )
+        history.plot(*zip(*complete, strict=True), "o", color=BLUE, label="trained to the end")
+    if pruned:
+        history.plot(*zip(*pruned, strict=True), "x", color=ORANGE, label="pruned, at that epoch")
+    _style(history, "trial, in the order they began", "validation accuracy")
+    _whole_numbers(history)
+    _percent(history.yaxis)
+    _legend(history, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)  # where no trial can be
+
+    importance = figure.add_subplot(grid[0, columns - 1])
+    shown = sorted(importances.items(), key=lambda item: item[1])
+    if shown:
+        labels = [short(name.rpartition(".")[2]) for name, _ in shown]
+        importance.barh(labels, [share for _, share in shown], color=PURPLE)
+        importance.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
+    else:
+        importance.text(0.5, 0.5, "too few trials to tell", ha="center", color=MUTED)
+        importance.set_yticks([])
+    _style(importance, "explains of the variation", "", grid=bool(shown))
+
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(grid[1 + place // columns, place % columns])
+        for state, colour, marker in (("complete", BLUE, "o"), ("pruned", ORANGE, "x")):
+            points = [(o[name], a) for _, s, a, o in measured if s == state and name in o]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker, color=colour)
+        _style(axes, name, "")
+        axes.margins(x=0.15)
+        if name in logarithmic:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=7))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        _percent(axes.yaxis)
+    return figure
+
+
+def accuracy_over_time(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], split: str) -> "Figure":
+    """Draws how accuracy grows with the time of training, with its deviation over seeds.
+
+    Args:
+        rows: Name; seconds float[epochs]; accuracies float[seeds, epochs], 0..1.
+        split: What the accuracy is of.
+    """
+    figure = _figure(7, 4.5)
+    axes = figure.subplots()
+    longest = max((seconds[-1] for _, seconds, _ in rows if len(seconds)), default=0.0)
+    unit, per = ("h", 3600) if longest >= 3 * 3600 else ("min", 60) if longest >= 180 else ("s", 1)
+    for i, (name, seconds, accuracies) in enumerate(rows):
+        colour = SERIES[i % len(SERIES)]
+        style = ("-", "--", ":", "-.")[i // len(SERIES) % 4]
+        mean = accuracies.mean(axis=0)
+        _plot_epochs(axes, seconds / per, mean, color=colour, linestyle=style, label=name)
+        if len(accuracies) > 1:
+            deviation = accuracies.std(axis=0, ddof=1)
+            axes.fill_between(
+                seconds / per, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0
+            )
+    _style(axes, f"training time of one seed ({unit})", f"{split} accuracy")
+    axes.set_xlim(left=0)
+    _percent(axes.yaxis)
     _legend_below(figure, axes, 2)
     return figure
 

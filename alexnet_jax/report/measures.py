@@ -42,8 +42,12 @@ def step_curve(records: list[dict[str, Any]], figure: str) -> tuple[np.ndarray, 
 
 
 def tested_split(results: dict[str, Any]) -> str:
-    """Names the test results to look at: those of the averaged weights, where they are kept."""
-    return "test_ema" if "test_ema" in results else "test"
+    """Names the results to look at: those of the averaged weights, where they are kept.
+
+    Of a run that has not seen the test set these are of the validation images.
+    """
+    order = ("test_ema", "test", "validation_ema", "validation")
+    return next(split for split in order if split in results)
 
 
 def per_class_accuracy(confusion: np.ndarray) -> np.ndarray:

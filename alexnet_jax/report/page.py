@@ -209,6 +209,7 @@ def _context(run: Run, drawings: _Drawings) -> dict[str, Any]:
         "model": _model_table(run.model),
         "dataset": run.dataset,
         "results": run.results,
+        "judged": _judged(run.results) if run.results else "",
         "duration": duration,
         "percent": percent,
     }
@@ -336,6 +337,11 @@ def _answers(run: Run, names: list[str], drawings: _Drawings) -> dict[str, Any]:
     return found
 
 
+def _judged(results: dict[str, Any]) -> str:
+    """Names the images that the report looks at: "test", or "validation" if the run saw no test."""
+    return measures.tested_split(results).removesuffix("_ema")
+
+
 def _tiles(run: Run, context: dict[str, Any]) -> list[tuple[str, str]]:
     """The few figures that stand at the top, as (value, what it is)."""
     results, tiles = run.results, []
@@ -343,9 +349,10 @@ def _tiles(run: Run, context: dict[str, Any]) -> list[tuple[str, str]]:
         tested = measures.tested_split(results)
         tiles.append((f"{results[tested]['accuracy']:.2%}", f"accuracy, {SPLITS[tested]}"))
         if "top_accuracy" in context:
-            tiles.append((f"{context['top_accuracy']:.2%}", f"top-{context['top']} accuracy, test"))
+            label = f"top-{context['top']} accuracy, {_judged(results)}"
+            tiles.append((f"{context['top_accuracy']:.2%}", label))
         validated = tested.replace("test", "validation")
-        if validated in results:
+        if validated in results and validated != tested:
             tiles.append((f"{results[validated]['accuracy']:.2%}", "accuracy, validation"))
         if "ece" in context:
             tiles.append((f"{context['ece']:.1%}", "expected calibration error"))
@@ -389,19 +396,19 @@ def _compared(runs: list[Run]) -> list[tuple[str, list[str]]]:
     def of_results(text: Callable[[dict[str, Any]], str]) -> list[str]:
         return [text(run.results) if run.results else "not finished" for run in runs]
 
-    def accuracy(split: str) -> list[str]:
+    def measured(split: str, text: Callable[[dict[str, Any]], str]) -> list[str]:
         values = (run.results.get(f"{split}_ema", run.results.get(split)) for run in runs)
-        return [f"{value['accuracy']:.2%}" if value else NOTHING for value in values]
+        return [text(value) if value else NOTHING for value in values]
+
+    def accuracy(split: str) -> list[str]:
+        return measured(split, lambda value: f"{value['accuracy']:.2%}")
 
     return [
         ("network", [run.config["model.name"] for run in runs]),
         ("data set", [run.config["data.name"] for run in runs]),
         ("test accuracy", accuracy("test")),
         ("validation accuracy", accuracy("validation")),
-        (
-            "test loss (nats)",
-            of_results(lambda results: f"{results[measures.tested_split(results)]['loss']:.4f}"),
-        ),
+        ("test loss (nats)", measured("test", lambda value: f"{value['loss']:.4f}")),
         ("epochs", of_results(lambda results: f"{results['epochs']:,}")),
         ("steps", of_results(lambda results: f"{results['step']:,}")),
         ("parameters", of_results(lambda results: f"{results['parameters']:,}")),
