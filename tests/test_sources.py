@@ -282,6 +282,14 @@ def test_damage_to_prepared_data_is_a_sentence(stripes_dir):
         load_source(config(stripes_dir, "stripes"), "train")
 
 
+def test_a_damaged_template_of_file_names_is_a_sentence(stripes_dir):
+    """Found by `--hypothesis-profile=thousand`; TFDS looks at it late."""
+    file = stripes_dir / "stripes" / "1.0.0" / "dataset_info.json"
+    file.write_text(file.read_text().replace("{FILEFORMAT}", "{FILFORMAT}"))
+    with pytest.raises(InputError, match=r"stripes in .* cannot be opened \(Could not format"):
+        load_source(config(stripes_dir, "stripes"), "train")
+
+
 def test_damage_to_a_record_is_a_sentence(stripes_dir):
     (file,) = (stripes_dir / "stripes" / "1.0.0").glob("*train.array_record*")
     content = bytearray(file.read_bytes())

@@ -242,7 +242,10 @@ def _open_prepared(name: str, data_dir: str) -> Any:
     root = prepare.data_root(data_dir)
     try:
         with prepare.quiet_tfds():
-            return tfds.core.read_only_builder.builder_from_files(name, data_dir=str(root))
+            builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=str(root))
+            for split in builder.info.splits.values():
+                _ = split.filenames  # A damaged template of these names would raise later.
+            return builder
     except tfds.core.DatasetNotFoundError:
         return None
     except Exception as error:  # Whatever parsing damaged JSON raises.
