@@ -1,5 +1,6 @@
 """Strict settings for all tests: eight devices, no silent broadcasting, warnings are errors."""
 
+import logging
 import tempfile
 
 import hypothesis
@@ -25,6 +26,17 @@ hypothesis.settings.register_profile(
     **_COMMON,
 )
 hypothesis.settings.load_profile("quick")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def log_as_before():
+    """What a program tested in this process has set up for its terminal goes with its tests."""
+    package = logging.getLogger("alexnet_jax")
+    handlers, level, propagate = list(package.handlers), package.level, package.propagate
+    yield
+    package.handlers[:] = handlers
+    package.setLevel(level)
+    package.propagate = propagate
 
 
 @pytest.fixture

@@ -43,5 +43,6 @@ def test_what_is_not_noticed_counts_as_failed(capsys, monkeypatch):
     monkeypatch.setattr(checkpoint.Checkpoints, "_check_structure", lambda *_: None)
     monkeypatch.setattr(torture, "DAMAGES", {"one bit flipped": torture._flip})
     monkeypatch.setattr(torture, "_OF_BOTH", ())
-    assert torture.main(["--damage", "--tries=10"]) == 1
+    # One of eight flips is not noticed then; the names of the files, and so the choice, vary.
+    assert torture.main(["--damage", "--tries=50"]) == 1
     assert "failed: one bit flipped" in capsys.readouterr().out

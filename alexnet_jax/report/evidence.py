@@ -121,7 +121,10 @@ def augmented(images: np.ndarray, augment: Augment, seed: int) -> Arrays:
     keys = jax.random.split(jax.random.key(seed), VERSIONS)
     changed = jax.device_get(jax.jit(jax.vmap(augment, in_axes=(0, None)))(keys, images))
     changed = np.clip(np.round(changed), 0, 255).astype(np.uint8)  # colours may leave the scale
-    rows = [np.asarray(centre(jnp.asarray(images), changed.shape[2])), *changed]
+    plain = images
+    if plain.shape != changed.shape[1:]:  # windows of the images
+        plain = np.asarray(centre(jnp.asarray(images), changed.shape[2]))
+    rows = [plain, *changed]
     return {"samples": np.stack([np.stack([shrunk(image) for image in row]) for row in rows])}
 
 
