@@ -30,19 +30,25 @@ EXIT_INTERRUPTED = 75  # of alexnet_jax.main: saved, and all do so together
 def main() -> None:
     """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s [-h] [--devices_per_process K] N -- [argument of alexnet_jax.main ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("processes", type=int, metavar="N", help="how many processes")
     parser.add_argument("--devices_per_process", type=int, default=1, metavar="K")
-    parser.add_argument("arguments", nargs="*", help="of alexnet_jax.main, after --")
-    options = parser.parse_args()
+    # Not left to argparse, which takes no arguments after options that stand behind N.
+    own, arguments = sys.argv[1:], []
+    if "--" in own:
+        arguments = own[own.index("--") + 1 :]
+        own = own[: own.index("--")]
+    options = parser.parse_args(own)
     count, devices = options.processes, options.devices_per_process
     if count < 1 or devices < 1:
         _refuse(f"{count} processes with {devices} devices are impossible; give at least 1 of each")
     address = f"127.0.0.1:{free_port()}"
     commands = [
         [
-            *(sys.executable, "-m", "alexnet_jax.main", *options.arguments),
+            *(sys.executable, "-m", "alexnet_jax.main", *arguments),
             *(f"--coordinator={address}", f"--num_processes={count}", f"--process_id={process}"),
         ]
         for process in range(count)

@@ -92,9 +92,12 @@ def test_devices_are_fake_ones_or_a_gpu_each(launcher, monkeypatch, capsys):
     assert "need 5, and there are 4; give fewer" in capsys.readouterr().err
 
 
-def test_the_training_program_is_what_it_starts():
+@pytest.mark.parametrize(
+    "own", [["2", "--devices_per_process=2"], ["--devices_per_process", "2", "2"]], ids=" ".join
+)
+def test_the_training_program_is_what_it_starts(own):
     done = subprocess.run(
-        [sys.executable, SCRIPTS / "launch_local.py", "2", "--", "--config=nowhere.py"],
+        [sys.executable, SCRIPTS / "launch_local.py", *own, "--", "--config=nowhere.py"],
         env=os.environ | {"PYTHONPATH": str(SCRIPTS.parent)},
         capture_output=True,
         text=True,
