@@ -1,4 +1,4 @@
-"""AlexNet for 32x32 images on CIFAR-10: the default.
+"""AlexNet for 32x32 images on CIFAR-10: the default, 20 epochs that 2 cores of a CPU can do.
 
 python -m alexnet_jax.main --config=configs/cifar10.py
 
@@ -13,12 +13,23 @@ from alexnet_jax.config import default_config
 def get_config() -> ConfigDict:
     """Returns the config."""
     config = default_config("alexnet")
+    # A frozen layer in front, measured on the images; it has no bias, so that no gradient is
+    # computed of what has the most pixels.
+    config.model.whitening = 2
+    config.model.whitening_bias = False
+    config.model.features = (32, 64, 144, 144, 144)
+    config.model.hidden = (256, 256)
     config.model.norm = "batch"
-    config.model.hidden = (1024, 1024)
-    config.model.dropout = 0.2  # in 20 epochs more would cost more than it brings
+    config.model.pool_first = True
+    config.model.kernel_init = "dirac"
+    config.model.dropout = 0.0  # in 20 epochs it would cost more than it brings
+    config.augment.crop_padding = 2
+    config.augment.alternating_flip = True
     config.optimizer.name = "adamw"
-    config.optimizer.weight_decay = 0.05
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.schedule = "linear"
     config.optimizer.warmup_epochs = 1.0
+    config.optimizer.weight_decay = 0.05
     config.train.label_smoothing = 0.1
     config.test.views = "flip_translate"
     return config
