@@ -294,7 +294,7 @@ def _build(
     return Programs(
         create=create,
         fixed=functools.partial(
-            measure_fixed, model, data.sample, data.info["mean"], data.info["deviation"]
+            measure_fixed, model, data.examples, data.info["mean"], data.info["deviation"]
         ),
         advance=advance,
         measure=measures,

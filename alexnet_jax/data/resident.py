@@ -80,7 +80,6 @@ class RunData(NamedTuple):
         validation: Batches that are split over the devices; none if no images are held out.
         read_test: Returns the batches of the test set; for the end of the run. None if the run
             is not to see it.
-        sample: Returns about so many of the training images, evenly spaced, uint8[n, S, S, 3].
         info: What ``dataset.json`` holds: names of the classes, shape, mean and deviation,
             principal colours where they are asked for, checksums of the files.
     """
@@ -90,7 +89,6 @@ class RunData(NamedTuple):
     steps_per_epoch: int
     validation: list[batches.Batch] | StreamedBatches
     read_test: Callable[[], list[batches.Batch] | StreamedBatches] | None
-    sample: Callable[[int], np.ndarray]
     info: dict[str, Any]
 
     def examples(self, count: int) -> np.ndarray:
@@ -172,7 +170,6 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
         steps_per_epoch=len(first) // config.train.batch_size,
         validation=validation,
         read_test=functools.partial(measure_on, test) if test else None,
-        sample=lambda count: source.read(first[_evenly_spaced(len(first), count)])[0],
         info={
             "name": config.data.name,
             "class_names": list(source.class_names),
