@@ -102,7 +102,7 @@ def follow(folder: Path, offset: int) -> None:
     from clu.metric_writers import SummaryWriter
 
     writer = SummaryWriter(str(folder))
-    step, finished = 0, False
+    step = 0
     with (folder / "metrics.jsonl").open() as file:
         file.seek(offset)
         config = folder / "config.json"
@@ -118,11 +118,11 @@ def follow(folder: Path, offset: int) -> None:
                     file.seek(position)
                     break
                 record = json.loads(line)
-                step, finished = record["step"], record["split"].startswith("test")
+                step = record["step"]
                 writer.write_scalars(step, scalars(record))
                 position = file.tell()
             writer.flush()
-    if finished:
+    if (folder / "report.npz").exists():  # as it does once the network has been measured
         _write_end(folder, writer, step)
     writer.close()
 

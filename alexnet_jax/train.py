@@ -186,7 +186,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
                         answers,
                         samples=data.examples(evidence.SAMPLES),
                         augment=_augment(config, data),
-                        params=_reported(state, config.num_seeds).params,
+                        variables=_reported(state, config.num_seeds).variables,
                         seed=config.seed,
                     )
     # All is written now, also by the threads and the process that write behind the run's back.

@@ -284,7 +284,9 @@ NASTY = [
 ]
 
 
-def make_run(folder, classes=3, *, names=None, finished=True, ema=True, validation=True, epochs=3):
+def make_run(
+    folder, classes=3, *, names=None, finished=True, ema=True, validation=True, epochs=3, seeds=1
+):
     """Writes what a run leaves, of a network that is right in most cases."""
     rng = np.random.default_rng(0)
     names = names or [f"class {i}" for i in range(classes)]
@@ -333,6 +335,10 @@ def make_run(folder, classes=3, *, names=None, finished=True, ema=True, validati
     }
     for split in splits + tests:
         results[split] = {"loss": 0.5, "accuracy": 0.9, "confusion": confusion.tolist()}
+        if seeds > 1:
+            results[split] |= {"accuracy_deviation": 0.0123, "accuracy_each": [0.9] * seeds}
+    if seeds > 1:
+        results["seeds"] = list(range(seeds))
     (folder / "results.json").write_text(json.dumps(results))
     evidence.write_arrays(
         folder / "predictions.npz",
@@ -433,8 +439,9 @@ def test_figures_follow_light_and_dark(whole):
         {"classes": 2, "ema": False, "validation": False, "epochs": 1},
         {"classes": 1000},
         {"finished": False},
+        {"seeds": 3},
     ],
-    ids=["few", "many", "unfinished"],
+    ids=["few", "many", "unfinished", "seeds"],
 )
 def test_reports_of_all_kinds(tmp_path, options):
     folder = make_run(tmp_path / "run", **options)
@@ -444,6 +451,9 @@ def test_reports_of_all_kinds(tmp_path, options):
     assert (folder / "figures" / "confusion.png").exists() == finished
     assert ("averaged weights" in page) == options.get("ema", True)
     assert ("classes with the lowest F1" in page) == (options.get("classes") == 1000)
+    seeds = options.get("seeds", 1)
+    assert ("90.00% (deviation 1.23)" in page) == (seeds > 1)
+    assert ("Means over the seeds 0, 1, 2" in page) == (seeds > 1)
     assert len(page) < 2_000_000
 
 

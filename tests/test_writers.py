@@ -192,7 +192,7 @@ def test_tensorboard_itself_shows_a_run(tmp_path):
     board = TensorBoard(folder)
     metrics.write(record(3, loss=0.5, images=128))
     metrics.write(record(4, loss=0.125, images=128))
-    metrics.write(record(4, "test", loss=0.5, accuracy=0.25))
+    metrics.write(record(4, "validation", loss=0.5, accuracy=0.25))  # of a run without a test
     metrics.close()
     board.close()
     with subprocess.Popen(
@@ -207,7 +207,7 @@ def test_tensorboard_itself_shows_a_run(tmp_path):
             deadline = time.monotonic() + 60
             while not ask(port, "scalars/tags").get("one") and time.monotonic() < deadline:
                 time.sleep(0.1)
-            tags = {"train/loss", "test/loss", "test/accuracy"}
+            tags = {"train/loss", "validation/loss", "validation/accuracy"}
             assert set(ask(port, "scalars/tags")["one"]) == tags
             losses = ask(port, "scalars/scalars?run=one&tag=train/loss")
             assert [(step, value) for _, step, value in losses] == [(3, 0.5), (4, 0.125)]
@@ -231,7 +231,7 @@ def test_tensorboard_itself_shows_a_run(tmp_path):
             (group,) = ask(port, "hparams/session_groups", asked)["sessionGroups"]
             assert group["hparams"] == {"seed": 3, "model.features": "[4, 8]"}
             values = {m["name"]["tag"]: m["value"] for m in group["metricValues"]}
-            assert values == {"train/loss": 0.125, "test/loss": 0.5, "test/accuracy": 0.25}
+            assert values == {"train/loss": 0.125, "validation/loss": 0.5, "validation/accuracy": 0.25}
         finally:
             server.kill()
 

@@ -128,17 +128,17 @@ def augmented(images: np.ndarray, augment: Augment, seed: int) -> Arrays:
     return {"samples": np.stack([np.stack([shrunk(image) for image in row]) for row in rows])}
 
 
-def first_filters(params: Any, channels: int) -> Arrays:
+def first_filters(variables: Any, channels: int) -> Arrays:
     """Returns the kernels of the first convolution, if there is one.
 
     Args:
-        params: Parameters of a network.
+        variables: Of a network, also those that are measured and not trained.
         channels: Of its images; the first kernel with as many inputs counts.
 
     Returns:
         `filters` float32[n, height, width, channels], or nothing.
     """
-    for leaf in jax.tree.leaves(params):
+    for leaf in jax.tree.leaves(variables):
         if leaf.ndim == 4 and leaf.shape[2] == channels:
             kernel = np.asarray(leaf, np.float32)[..., :FILTERS]
             return {"filters": np.moveaxis(kernel, -1, 0)}
@@ -190,7 +190,7 @@ def write_evidence(
     *,
     samples: np.ndarray,
     augment: Augment,
-    params: Any,
+    variables: Mapping[str, Any],
     seed: int,
 ) -> None:
     """Writes ``predictions.npz`` and ``report.npz``.
@@ -200,7 +200,7 @@ def write_evidence(
         answers: Of the whole test set.
         samples: uint8[n, H, W, C], some training images.
         augment: As training changes them.
-        params: Of the network that was tested.
+        variables: Of the network that was tested.
         seed: Of the random changes.
     """
     write_arrays(folder / PREDICTIONS, answers.predictions())
@@ -208,8 +208,8 @@ def write_evidence(
         folder / REPORT_DATA,
         answers.mistakes()
         | augmented(samples, augment, seed)
-        | first_filters(params, samples.shape[-1])
-        | histograms(params),
+        | first_filters(variables, samples.shape[-1])
+        | histograms(variables["params"]),
     )
 
 

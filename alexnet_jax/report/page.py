@@ -12,6 +12,7 @@ import numpy as np
 from alexnet_jax import run_folder
 from alexnet_jax.config import default_config, flatten
 from alexnet_jax.errors import InputError
+from alexnet_jax.replicas import show_accuracy
 from alexnet_jax.report import evidence, figures, measures
 from alexnet_jax.run_folder import SPLITS, write_whole
 from alexnet_jax.writers import duration, read_metrics
@@ -200,7 +201,7 @@ def _context(run: Run, drawings: _Drawings) -> dict[str, Any]:
         "finished": bool(run.results),
         "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "splits": [
-            (label, run.results[split]["loss"], run.results[split]["accuracy"])
+            (label, run.results[split]["loss"], show_accuracy(run.results[split]))
             for split, label in SPLITS.items()
             if split in run.results
         ],
