@@ -87,12 +87,12 @@ def run() -> None:
         data = prepare(options, workdir)
     except InputError as error:
         parser.error(str(error))
-    main = ("-m", "alexnet_jax.main", f"--config.data.data_dir={data}")
-    main = (*main, "--noconfig.writers.tensorboard")
+    main = ["-m", "alexnet_jax.main", f"--config.data.data_dir={data}"]
+    main.append("--noconfig.writers.tensorboard")
     pretrained = workdir / "first5"
     epochs = f"--config.train.epochs={options.pretrain_epochs}"
-    flags = ("--config=configs/cifar10.py", "--config.data.name=first5", epochs)
-    call(*main, *flags, f"--workdir={pretrained}")
+    main_of_five = [*main, "--config=configs/cifar10.py", "--config.data.name=first5"]
+    call(*main_of_five, epochs, f"--workdir={pretrained}")
     groups = []
     for way, flags in WAYS.items():
         folders = [workdir / f"{way.replace(' ', '_')}-{seed}" for seed in range(options.seeds)]
