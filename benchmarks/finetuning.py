@@ -87,24 +87,25 @@ def run() -> None:
         data = prepare(options, workdir)
     except InputError as error:
         parser.error(str(error))
-    main = ["-m", "alexnet_jax.main", f"--config.data.data_dir={data}"]
-    main.append("--noconfig.writers.tensorboard")
+    common = [f"--config.data.data_dir={data}", "--noconfig.writers.tensorboard"]
+
+    def train(config: str, folder: Path, *flags: str) -> None:
+        call("-m", "alexnet_jax.main", f"--config={config}", f"--workdir={folder}", *common, *flags)
+
     pretrained = workdir / "first5"
     epochs = f"--config.train.epochs={options.pretrain_epochs}"
-    main_of_five = [*main, "--config=configs/cifar10.py", "--config.data.name=first5"]
-    call(*main_of_five, epochs, f"--workdir={pretrained}")
+    train("configs/cifar10.py", pretrained, "--config.data.name=first5", epochs)
     groups = []
     for way, flags in WAYS.items():
         folders = [workdir / f"{way.replace(' ', '_')}-{seed}" for seed in range(options.seeds)]
         for seed, folder in enumerate(folders):
-            call(
-                *main,
-                f"--config=configs/finetune.py:{pretrained}",
+            train(
+                f"configs/finetune.py:{pretrained}",
+                folder,
                 "--config.data.name=last5",
                 "--config.data.validation_fraction=0.0",
                 f"--config.train.epochs={options.epochs}",
                 f"--config.seed={seed}",
-                f"--workdir={folder}",
                 *flags,
             )
         groups.append([results.read_run(folder) for folder in folders])
