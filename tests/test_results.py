@@ -90,6 +90,7 @@ def test_runs_of_one_kind_make_one_row(tmp_path):
     assert first[4:6] == ["84.00", "2.65"]
     assert found["seeds"] == "3"
     assert found["training (s)"] == "100"
+    assert found["an epoch (s)"] == "5"
     assert found["images/s"] == f"{351 * 128 * 20 / 100:,.0f}"
     assert (found["parameters (M)"], found["MFLOPs"]) == ("35.86", "400")
     assert second[:6] == ["default", "90.00", "-", "-", "-", "-"]
