@@ -151,15 +151,15 @@ def predict_step(
         normalize: From uint8 images to what the network takes.
         views: Several looks at each image, whose answers become one; see `data.views`.
     """
-    if views is None:
-        logits: Any = model.apply(state.variables, normalize(images), train=False)
+
+    def predict(images: Array) -> Array:
+        logits: Array = model.apply(state.variables, normalize(images), train=False)
         return logits
-    seen = views.take(images)
-    count, batch = seen.shape[:2]
-    # As one batch. Image by image, so that those of one device stay there.
-    together = jnp.swapaxes(seen, 0, 1).reshape(batch * count, *seen.shape[2:])
-    logits = model.apply(state.variables, normalize(together), train=False)
-    return views.combine(jnp.swapaxes(logits.reshape(batch, count, -1), 0, 1))
+
+    if views is None:
+        return predict(images)
+    # One after the other: as one batch they need memory in proportion to their number.
+    return views.combine(jax.lax.map(predict, views.take(images)))
 
 
 def eval_step(
