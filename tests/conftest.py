@@ -1,6 +1,8 @@
 """Strict settings for all tests: eight devices, no silent broadcasting, warnings are errors."""
 
+import functools
 import logging
+import os
 import tempfile
 
 import hypothesis
@@ -11,10 +13,21 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Many tests compile the same program; the folder goes when the tests end.
+# Most of the time goes into compiling networks that take a few steps. XLA transforms and fuses a
+# program as always; only LLVM leaves the machine code of each fusion as it comes, which takes a
+# third of the time. `XLA_FLAGS= pytest` tests what users run, with LLVM's optimizations.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Many tests compile the same program; the folder goes when the tests end. The processes that they
+# start use it, too, and not the user's. It never comes to its bound, but only with one does JAX
+# lock the folder while it reads and writes.
 _CACHE = tempfile.TemporaryDirectory(prefix="alexnet_jax_tests_")
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+for _name, _value in {
+    "jax_compilation_cache_dir": _CACHE.name,
+    "jax_compilation_cache_max_size": 2**32,
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+}.items():
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
 
 # The same examples every time; `--hypothesis-profile=thousand` tries many more.
 _COMMON = {"derandomize": True, "deadline": None, "database": None}
@@ -50,12 +63,24 @@ def strict_dtypes():
 def quick_runs():
     """For whole runs: two devices, for as many cores, since eight would take turns.
 
-    And no report but where a test asks for one: to draw it takes longer than such a run.
+    And no report but where a test asks for one: to draw it takes longer than such a run. What
+    the CPU's kernels compute is compared with XLA in the first run only.
     """
-    from alexnet_jax import parallel, train
+    from alexnet_jax import ops, parallel, train
 
     make_mesh = parallel.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "make_mesh", lambda: make_mesh(jax.devices()[:2]))
+        patch.setattr(ops, "_largest_error", functools.cache(ops._largest_error))
         patch.setattr(train, "_make_report", lambda folder: None)
         yield
+
+
+# Files in the order of their time, the longest first, so that no worker waits for another one at
+# the end; those that are not named come last. `--no-loadscope-reorder` keeps xdist to it.
+_LONG = ("train", "processes", "torture", "replicas", "steps", "notebook", "starting", "export")
+
+
+def pytest_collection_modifyitems(items):
+    names = [f"test_{name}" for name in _LONG]
+    items.sort(key=lambda i: names.index(i.path.stem) if i.path.stem in names else len(names))

@@ -89,6 +89,21 @@ def save(checkpoints, *steps, accuracy=None, **options):
     checkpoints.finish()
 
 
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    checkpoints = Checkpoints(folder / "checkpoints")
+    save(checkpoints, 1, 2)
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def one_and_two(saved_once, tmp_path):
+    """Copies of the checkpoints 1 and 2, to be damaged."""
+    shutil.copytree(saved_once, tmp_path, dirs_exist_ok=True)
+
+
 def on_disk(tmp_path):
     return sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
 
@@ -206,8 +221,9 @@ def test_a_step_is_saved_once(open_checkpoints):
         ({"ema": False}, r"rest/ema/model_state/.*float32\[3\] there and missing here"),
     ],
 )
-def test_refuses_another_network_or_optimizer(open_checkpoints, tmp_path, other, message):
-    save(open_checkpoints(), 1, 2)
+def test_refuses_another_network_or_optimizer(
+    open_checkpoints, one_and_two, tmp_path, other, message
+):
     with pytest.raises(InputError, match=message):
         open_checkpoints().restore(make_state(**other), ALL)
     assert on_disk(tmp_path) == [1, 2]
@@ -222,8 +238,9 @@ def test_refuses_another_network_or_optimizer(open_checkpoints, tmp_path, other,
         *("zeros", "half", "marker", "gone"),
     ],
 )
-def test_the_one_before_stands_in_for_a_damaged_one(open_checkpoints, tmp_path, caplog, how):
-    save(open_checkpoints(), 1, 2)
+def test_the_one_before_stands_in_for_a_damaged_one(
+    open_checkpoints, one_and_two, tmp_path, caplog, how
+):
     damage(tmp_path / "checkpoints" / "2", how)
     checkpoints = open_checkpoints()
     with caplog.at_level(logging.WARNING, "alexnet_jax"):
@@ -237,8 +254,9 @@ def test_the_one_before_stands_in_for_a_damaged_one(open_checkpoints, tmp_path, 
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_nothing_is_lost_or_begun_anew_when_all_are_damaged(open_checkpoints, tmp_path):
-    save(open_checkpoints(), 1, 2)
+def test_nothing_is_lost_or_begun_anew_when_all_are_damaged(
+    open_checkpoints, one_and_two, tmp_path
+):
     for step in ("1", "2"):
         damage(tmp_path / "checkpoints" / step, "truncated")
     with pytest.raises(InputError, match=r"none of the checkpoints in .* can be read"):
@@ -274,8 +292,9 @@ def other_checksum(content):
         (lambda c: {k.replace("checksum", "checksul"): v for k, v in c.items()}, "does not agree"),
     ],
 )
-def test_checksums_say_what_is_damaged(open_checkpoints, tmp_path, caplog, change, says):
-    save(open_checkpoints(), 1, 2)
+def test_checksums_say_what_is_damaged(
+    open_checkpoints, one_and_two, tmp_path, caplog, change, says
+):
     rewrite(tmp_path / "checkpoints" / "2", change)
     restored, _ = open_checkpoints().restore(make_state(), ALL)
     assert_same(restored, make_state(1))
@@ -283,9 +302,8 @@ def test_checksums_say_what_is_damaged(open_checkpoints, tmp_path, caplog, chang
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_every_array_is_protected(open_checkpoints, tmp_path):
+def test_every_array_is_protected(open_checkpoints, one_and_two, tmp_path):
     """A checkpoint whose folder holds another one's arrays; what Orbax alone would restore."""
-    save(open_checkpoints(), 1, 2)
     checkpoints = tmp_path / "checkpoints"
     for item in ("params", "rest"):
         shutil.rmtree(checkpoints / "2" / item)
@@ -324,8 +342,7 @@ def test_a_damaged_accuracy_makes_no_best(open_checkpoints, tmp_path, caplog, te
 
 
 @pytest.mark.parametrize("lost", ["checkpoints", "checkpoints/*"])
-def test_all_gone_is_no_new_run(open_checkpoints, tmp_path, lost):
-    save(open_checkpoints(), 1, 2)
+def test_all_gone_is_no_new_run(open_checkpoints, one_and_two, tmp_path, lost):
     for path in tmp_path.glob(lost):
         shutil.rmtree(path)
     with pytest.raises(InputError, match=r"checkpoints is empty, and held step 2 of this run"):

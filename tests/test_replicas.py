@@ -44,14 +44,14 @@ def tiny_config(data_dir, seed=SEEDS[0], num_seeds=2):
     config.model.whitening = 2
     config.model.dropout = 0.1
     config.optimizer.learning_rate = 1e-2
-    config.train.batch_size = 256
+    config.train.batch_size = 320
     config.train.epochs = 2
     config.train.ema_decay = 0.5
     config.writers.tensorboard = False
     return config
 
 
-def saved(folder, step=10):
+def saved(folder, step=8):
     manager = ocp.CheckpointManager((folder / "checkpoints").absolute())
     restore = ocp.args.StandardRestore()
     found = manager.restore(step, args=ocp.args.Composite(params=restore, rest=restore))
@@ -129,7 +129,7 @@ def test_stopped_and_resumed_is_bit_equal(both, data_dir, tmp_path, monkeypatch)
     config = tiny_config(data_dir)
     with pytest.raises(Interrupted) as stop:
         train_and_evaluate(config, tmp_path / "run")
-    assert stop.value.step % 5
+    assert stop.value.step % 4
     monkeypatch.undo()
     monkeypatch.setattr(parallel, "make_mesh", lambda: MAKE_MESH(jax.devices()[:2]))
     train_and_evaluate(config, tmp_path / "run")

@@ -64,8 +64,8 @@ def source(tmp_path):
     return make_source(tmp_path / "source")
 
 
-def make_source(folder, seed=0):
-    config = tiny()
+def make_source(folder, seed=0, **options):
+    config = tiny(**options)
     model = create_model(config.model, num_classes=4)
     state = jax.eval_shape(lambda: create_state(model, optax.sgd(0.1), (SIDE, SIDE, 3), 0))
     variables = drawn(state.variables, seed)
@@ -192,8 +192,10 @@ def saved(folder, step):
     return manager.restore(step, args=ocp.args.Composite(params=restore, rest=restore))
 
 
-def test_a_fine_tuned_run_is_bit_equal_when_resumed(source, tmp_path, monkeypatch, one_device):
+def test_a_fine_tuned_run_is_bit_equal_when_resumed(tmp_path, monkeypatch, one_device):
     """With frozen layers, crops, shifted colours and a rate that goes by the validation images."""
+    two = {"features": (8, 8), "kernels": (3, 3), "strides": (1, 1), "pools": (True, True)}
+    source = make_source(tmp_path / "source", **two)  # five take longer to compile
     config = finetune(str(source))
     config.data.update({"name": "digits", "data_dir": str(tmp_path), "image_size": SIDE + 2})
     config.data.update({"crop_size": SIDE, "validation_fraction": 0.1})

@@ -93,9 +93,21 @@ def assert_same_run(one, other, step):
 
 
 @pytest.fixture(scope="module")
-def whole_run(data_dir, tmp_path_factory, quick_runs):
+def read_and_measured():
+    """What `whole_run` has read and when it has measured, in order."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def whole_run(data_dir, tmp_path_factory, quick_runs, read_and_measured):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    results = train_and_evaluate(tiny_config(data_dir), folder)
+    log, read_all, evaluate = read_and_measured, Source.read_all, train.evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Source, "read_all", lambda self, *a: log.append(self.name) or read_all(self, *a)
+        )
+        patch.setattr(train, "evaluate", lambda *a: log.append("measure") or evaluate(*a))
+        results = train_and_evaluate(tiny_config(data_dir), folder)
     return folder, results
 
 
@@ -213,26 +225,26 @@ def test_a_finished_run_says_so_and_reads_nothing(whole_run, config, monkeypatch
     assert "finished" in caplog.text
 
 
-def test_the_test_set_is_read_once_and_last(config, tmp_path, monkeypatch):
-    log = []
-    read_all, evaluate = Source.read_all, train.evaluate
-    monkeypatch.setattr(
-        Source, "read_all", lambda self, *a: log.append(self.name) or read_all(self, *a)
-    )
-    monkeypatch.setattr(train, "evaluate", lambda *a: log.append("measure") or evaluate(*a))
-    config.train.epochs = 1
-    config.train.ema_decay = 0.0
-    train_and_evaluate(config, tmp_path / "run")
-    assert log == ["digits train", "measure", "measure", "digits test", "measure"]
+def test_the_test_set_is_read_once_and_last(whole_run, read_and_measured):
+    after_each_epoch = ["measure"] * 3
+    assert read_and_measured == [
+        *("digits train", *after_each_epoch, "measure"),
+        *("digits test", "measure"),
+    ]
 
 
-@pytest.mark.parametrize(("stop_at", "resident"), [(7, "on"), (14, "on"), (14, "off")])
+@pytest.mark.parametrize(
+    ("stop_at", "changes"),
+    [
+        (7, {"checkpoint.every_seconds": 1e-6}),  # saved after each step, too
+        (14, {"data.resident": "off", "data.workers": 0}),
+    ],
+)
 def test_stopped_by_sigterm_and_resumed_is_bit_equal(
-    whole_run, config, tmp_path, monkeypatch, stop_at, resident
+    whole_run, config, tmp_path, monkeypatch, stop_at, changes
 ):
-    """Also where the images are streamed, to the run whose images lie on the devices."""
-    config.data.resident = resident
-    config.data.workers = 0
+    """To the run that is saved between epochs only, and whose images lie on the devices."""
+    config.update_from_flattened_dict(changes)
     update = writers.Progress.update
 
     def stop_then_update(self, record):
@@ -250,9 +262,10 @@ def test_stopped_by_sigterm_and_resumed_is_bit_equal(
     assert_same_run(whole_run[0], tmp_path / "run", 30)
 
 
-def run_python(code, *arguments):
+def run_python(code, *arguments, **variables):
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        env=os.environ | variables,
         capture_output=True,
         text=True,
         timeout=300,
@@ -263,8 +276,10 @@ def test_killed_and_resumed_is_bit_equal(whole_run, config, tmp_path):
     code = """
         import os, signal, sys
         import jax
-        jax.config.update("jax_num_cpu_devices", 2)
-        from alexnet_jax import writers
+        jax.config.update("jax_num_cpu_devices", 8)
+        from alexnet_jax import parallel, writers
+        make_mesh = parallel.make_mesh
+        parallel.make_mesh = lambda: make_mesh(jax.devices()[:2])  # as compiled already
         from alexnet_jax.config import default_config
         from alexnet_jax.train import train_and_evaluate
         config = default_config()
@@ -285,12 +300,6 @@ def test_killed_and_resumed_is_bit_equal(whole_run, config, tmp_path):
     # The save of step 20 may not have been finished when the process died.
     assert re.search(r"Going on from step [12]0\.", (folder / "log.txt").read_text())
     assert_same_run(whole_run[0], folder, 30)
-
-
-def test_saves_between_epochs_change_nothing(whole_run, config, tmp_path):
-    config.checkpoint.every_seconds = 1e-6
-    train_and_evaluate(config, tmp_path / "run")
-    assert_same_run(whole_run[0], tmp_path / "run", 30)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -317,7 +326,14 @@ def test_steps_per_dispatch_changes_only_the_records(whole_run, config, tmp_path
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optimizer.name": "adamw", "optimizer.weight_decay": 0.01, "train.label_smoothing": 0.1},
+        {
+            "optimizer.name": "adamw",
+            "optimizer.weight_decay": 0.01,
+            "optimizer.schedule": "step",
+            "train.label_smoothing": 0.1,
+            "model.dtype": "bfloat16",
+            "augment.crop_padding": 0,
+        },
         {
             "optimizer.name": "sgd",
             "optimizer.clip_norm": 1.0,
@@ -334,7 +350,6 @@ def test_steps_per_dispatch_changes_only_the_records(whole_run, config, tmp_path
             "test.views": "flip",
         },
         {"data.validation_fraction": 0.0, "train.ema_decay": 0.0, "model.norm": "none"},
-        {"model.dtype": "bfloat16", "optimizer.schedule": "step", "augment.crop_padding": 0},
     ],
 )
 def test_options_run(config, tmp_path, changes):
@@ -430,13 +445,12 @@ def test_a_run_to_choose_by_does_without_the_test_set(config, tmp_path, monkeypa
     config.data.data_dir = str(tmp_path / "data")
     for path in (tmp_path / "data").rglob("digits-test.array_record*"):
         path.unlink()
-    config.train.epochs = 1
     config.test.measure = False
     results = train_and_evaluate(config, tmp_path / "run")
     measured = [name for name in results if name.startswith(("validation", "test"))]
     assert measured == ["validation", "validation_ema"]
     names = [record["split"] for record in records(tmp_path / "run") if record["split"] != "train"]
-    assert names == measured  # once
+    assert names == measured * 3  # once after each epoch, and not again at the end
     info = json.loads((tmp_path / "run" / "dataset.json").read_text())
     assert info["images"] == {"train": 1295, "validation": 142}
     assert info["checksums"].keys() == {"train"}
@@ -446,6 +460,17 @@ def test_a_run_to_choose_by_does_without_the_test_set(config, tmp_path, monkeypa
     page = (tmp_path / "run" / "report.html").read_text()
     assert "The run was not to see the test set." in page
     assert "of the validation images were taken for another class" in page
+
+
+# For the command line: the digits as they are, and two convolutions.
+SMALL = (
+    "--config.data.image_size=8",
+    "--config.augment.crop_padding=1",
+    "--config.model.features=(8,8)",
+    "--config.model.kernels=(3,3)",
+    "--config.model.strides=(1,1)",
+    "--config.model.pools=(True,False)",
+)
 
 
 def test_on_a_full_disk_a_run_trains_on_and_ends_with_a_sentence(data_dir, tmp_path):
@@ -464,9 +489,10 @@ def test_on_a_full_disk_a_run_trains_on_and_ends_with_a_sentence(data_dir, tmp_p
         f"--config.data.data_dir={data_dir}",
         "--config.train.epochs=2",
         "--config.train.batch_size=512",
-        "--config.model.features=(8,8,8,8,8)",
         "--config.model.hidden=(64,64)",
         "--noconfig.writers.tensorboard",
+        *SMALL,
+        JAX_ENABLE_COMPILATION_CACHE="false",  # which would be cut off for the other tests
     )
     assert done.returncode == 74, done.stderr
     assert "Traceback" not in done.stderr
@@ -494,19 +520,16 @@ def test_a_batch_larger_than_the_data_is_refused(config, tmp_path):
         train_and_evaluate(config, tmp_path / "run")
 
 
-def test_another_architecture_is_refused(config, tmp_path):
+def test_another_architecture_is_refused(config, unfinished):
     """Even where someone has edited the config on file to agree."""
-    config.train.epochs = 1
-    train_and_evaluate(config, tmp_path / "run")
-    (tmp_path / "run" / "results.json").unlink()
     config.model.hidden = (16, 24)
-    path = tmp_path / "run" / "config.json"
+    path = unfinished / "config.json"
     saved = json.loads(path.read_text())
     path.write_text(json.dumps(saved | {"model.hidden": [16, 24]}))
     with pytest.raises(
         InputError, match=r"params/fc2/bias is float32\[16\] there and float32\[24\]"
     ):
-        train_and_evaluate(config, tmp_path / "run")
+        train_and_evaluate(config, unfinished)
 
 
 def test_import_and_run_without_tensorflow(config, tmp_path):
@@ -533,8 +556,8 @@ def test_import_and_run_without_tensorflow(config, tmp_path):
         f"--workdir={tmp_path / 'run'}",
         f"--config.data.data_dir={tmp_path / 'data'}",  # to be prepared without it, too
         "--config.train.epochs=2",
-        "--config.model.features=(4,4,4,4,4)",
         "--config.model.hidden=(8,8)",
+        *SMALL,
     ]
     done = run_python(code, *changes)
     assert done.returncode == 0, done.stderr
