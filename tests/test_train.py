@@ -117,6 +117,8 @@ def test_a_run_learns_and_leaves_its_files(whole_run):
     assert results["step"] == 30
     assert json.loads((folder / "results.json").read_text()) == results
     assert np.sum(results["test"]["confusion"]) == 360
+    stated = f"one image: {results['flops'] / 1e6:,.1f} million FLOPs\n"
+    assert (folder / "model.txt").read_text().endswith(stated)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "Going on" not in (folder / "log.txt").read_text()
     info = json.loads((folder / "dataset.json").read_text())
