@@ -175,17 +175,17 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_row_of_a_confusion_matrix_is_a_line(tmp_path):
     write_json(tmp_path / "results.json", {"test": {"confusion": [[5, 0], [1, 4]]}, "seeds": [3]})
-    assert (tmp_path / "results.json").read_text() == """\
-{
-  "test": {
-    "confusion": [
-      [5, 0],
-      [1, 4]
+    assert (tmp_path / "results.json").read_text().splitlines() == [
+        "{",
+        '  "test": {',
+        '    "confusion": [',
+        "      [5, 0],",
+        "      [1, 4]",
+        "    ]",
+        "  },",
+        '  "seeds": [3]',
+        "}",
     ]
-  },
-  "seeds": [3]
-}
-"""
 
 
 JSON = st.recursive(

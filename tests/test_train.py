@@ -482,7 +482,7 @@ def test_on_a_full_disk_a_run_trains_on_and_ends_with_a_sentence(data_dir, tmp_p
         from alexnet_jax import main
         resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
         sys.argv = ["main", *sys.argv[1:]]
-        main.run()
+        sys.exit(main.run())
     """
     done = run_python(
         code,
@@ -551,7 +551,7 @@ def test_import_and_run_without_tensorflow(config, tmp_path):
         import alexnet_jax
         from alexnet_jax import main
         sys.argv = ["main", *sys.argv[1:]]
-        main.run()
+        sys.exit(main.run())
     """
     changes = [
         "--config=configs/digits.py",
