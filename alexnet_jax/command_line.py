@@ -28,7 +28,7 @@ Trains a network: python -m alexnet_jax.main --config=configs/cifar10.py
 
 The same command goes on where an interrupted run stopped. Exit codes: 0 finished, 2 bad input,
 3 the loss diverged, 69 another process of the run is gone, 74 the end could not be saved,
-75 interrupted and saved.
+75 interrupted and saved, 130 stopped by Ctrl-C without a save.
 """
 
 # The options that are not of the config.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax import report, results, run_folder, writers
+from alexnet_jax import programs, report, results, run_folder, writers
 from alexnet_jax.errors import InputError
 from alexnet_jax.interrupts import stop_requests
 from alexnet_jax.report import figures, measures
@@ -61,8 +61,11 @@ def train(
         0, or the exit code of the run that ended otherwise, which has said why.
 
     Raises:
-        InputError: Two entries have the same name, or there are no seeds.
+        InputError: Two entries have the same name, there are no seeds, or a flag is one that the
+            runs are given here.
     """
+    taken = ("config", "workdir", "config.num_seeds", *(("config.seed",) if separately else ()))
+    programs.check_flags(flags, taken, "the comparison")
     names = [one.name for one in entries]
     for name in names:
         if names.count(name) > 1:
@@ -73,6 +76,8 @@ def train(
         for folder, own in _runs(one, workdir, seeds, separately):
             log.info("%s: %s", one.name, folder)
             code = _train_one([f"--config={one.config}", f"--workdir={folder}", *own, *flags])
+            if code == programs.EXIT_INTERRUPTED:
+                log.info("The same command goes on from here.")
             if code:
                 return code
     return 0
@@ -99,7 +104,7 @@ def _train_one(arguments: Sequence[str]) -> int:
         asked = False
         while True:
             try:
-                return process.wait(timeout=0.2)
+                return programs.shell_code(process.wait(timeout=0.2))
             except subprocess.TimeoutExpired:
                 if stop_requested() and not asked:
                     asked = True

@@ -1,4 +1,4 @@
-"""The exceptions that end a run on purpose; `main` turns each into a sentence and an exit code."""
+"""The exceptions that end a program on purpose, each with a sentence, and a code (`programs`)."""
 
 from typing import Any
 

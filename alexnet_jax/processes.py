@@ -31,9 +31,7 @@ from jax.sharding import Mesh
 
 from alexnet_jax import parallel
 from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
-
-EXIT_LOST = 69  # EX_UNAVAILABLE of sysexits.h
-EXIT_CTRL_C = 130  # as a shell reports it
+from alexnet_jax.programs import EXIT_CTRL_C, EXIT_LOST
 
 log = logging.getLogger(__name__)
 

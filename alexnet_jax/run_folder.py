@@ -78,7 +78,29 @@ SHARED_SECONDS = 20.0  # until a network file system shows what another host has
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file as `write_whole` does."""
-    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_whole(path, (format_json(value) + "\n").encode())
+
+
+def format_json(value: Any, indent: str = "") -> str:
+    """Lays out JSON for people: a line for each item, but one alone for a list of numbers.
+
+    A confusion matrix has so many of them.
+
+    Args:
+        value: As `json.dumps` takes it; keys are strings.
+        indent: Of all lines but the first.
+    """
+    deeper = indent + "  "
+    if isinstance(value, dict) and value:
+        brackets = "{}"
+        items = [f"{json.dumps(key)}: {format_json(item, deeper)}" for key, item in value.items()]
+    elif isinstance(value, list | tuple) and not all(isinstance(x, int | float) for x in value):
+        brackets = "[]"
+        items = [format_json(item, deeper) for item in value]
+    else:
+        return json.dumps(value)
+    lines = ",".join(f"\n{deeper}{item}" for item in items)
+    return f"{brackets[0]}{lines}\n{indent}{brackets[1]}"
 
 
 def read_json(path: Path) -> Any:

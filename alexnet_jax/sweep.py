@@ -27,6 +27,7 @@ from alexnet_jax.command_line import load_config
 from alexnet_jax.config import flatten
 from alexnet_jax.errors import InputError
 from alexnet_jax.interrupts import stop_requests
+from alexnet_jax.programs import EXIT_BAD_INPUT, EXIT_DIVERGED
 from alexnet_jax.search_space import Space
 
 if TYPE_CHECKING:  # it is an extra, and takes a second to import
@@ -36,9 +37,6 @@ log = logging.getLogger(__name__)
 
 DATABASE = "study.db"
 SEARCH = "sweep.json"
-
-# Exit codes of alexnet_jax.main, which cannot be imported before the process is set up.
-_BAD_INPUT, _DIVERGED = 2, 3
 
 _RESTARTS = 2  # of a trial whose process was killed
 _HOPELESS = 3  # trials refused one after the other, before any was trained
@@ -292,10 +290,10 @@ class Sweeper:
             self._end(running, states.COMPLETE, _accuracy(running.folder))
         elif running.pruned:  # by a signal that may have met it anywhere
             self._end(running, states.PRUNED)
-        elif code in (_BAD_INPUT, _DIVERGED):
+        elif code in (EXIT_BAD_INPUT, EXIT_DIVERGED):
             why = _last_error(running.folder.with_suffix(".log"))
             running.trial.set_user_attr("why", why)
-            self._end(running, states.FAIL if code == _BAD_INPUT else states.PRUNED)
+            self._end(running, states.FAIL if code == EXIT_BAD_INPUT else states.PRUNED)
         elif running.starts <= _RESTARTS:
             log.warning(
                 "%s ended with code %d, and is gone on with; %s says more.",

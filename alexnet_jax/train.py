@@ -39,7 +39,7 @@ from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
 from alexnet_jax.evaluation import evaluate, measures_of
 from alexnet_jax.interrupts import stop_requests
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
-from alexnet_jax.models import count_flops, create_model, describe, measure_fixed
+from alexnet_jax.models import create_model, describe, measure_fixed
 from alexnet_jax.optimizers import (
     after_validation,
     create_optimizer,
@@ -142,7 +142,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     with processes.together():
         if first:
-            evidence.write_environment(folder, description, devices, jax.process_count())
+            evidence.write_environment(folder, str(description), devices, jax.process_count())
 
     with ExitStack() as closing_all:
         checkpoints = closing_all.enter_context(
@@ -177,7 +177,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         stopped, state = _loop(config, data, programs, schedule, state, checkpoints, writer, mesh)
         if not stopped:
             results, answers = _measure_at_the_end(config, data, programs, state, writer, mesh)
-            results["flops"] = count_flops(model, _input_shape(config))
+            results["flops"] = description.flops
             results["best_step"] = checkpoints.best_step
             with processes.together():
                 if first:

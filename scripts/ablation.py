@@ -4,15 +4,16 @@ Run `python scripts/ablation.py --help` for what it takes.
 """
 
 import argparse
-import importlib.util
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax.errors import InputError, SaveFailed
+from alexnet_jax import programs
+from alexnet_jax.errors import InputError
 
-ROOT = Path(__file__).parents[1]
-_EPILOG = """\
+_ROWS = Path(__file__).parents[1] / "configs" / "ablation.py"
+_EPILOG = f"""\
 Each row has a run folder of its own, WORKDIR/NN-name. The same command again skips those that are
 finished and goes on in the one that is not. What follows -- goes to every run. At the end WORKDIR
 holds table.md, comparison.png and comparison.html, as of scripts/compare.py.
@@ -23,9 +24,13 @@ out of the training images; the table has the test accuracy, too, for the last r
 examples:
   python scripts/ablation.py --num_seeds=3 -- --config.data.name=cifar10_jpeg
   python scripts/ablation.py --rows=0,5,12 --workdir=runs/three
+
+Exit codes: 0 all rows are trained, {programs.EXIT_CODES},
+or that of the run that ended otherwise, such as 75, interrupted and saved.
 """
 
 
+@programs.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -33,41 +38,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line after the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0 all rows are trained, 2 bad input, 74 a file cannot be written, or that of
-        the run that ended otherwise.
+        The exit code, as --help lists them.
     """
-    options = _parser().parse_args(arguments)
-    try:
-        rows = _rows(options.rows)
-        from alexnet_jax import comparison, writers  # imports JAX, as --help does not
+    own, flags = programs.split(arguments)
+    options = _parser().parse_args(own)
+    rows = _rows(options.rows)
+    from alexnet_jax import comparison, writers  # imports JAX, as --help does not
 
-        entries = [
-            comparison.Entry(f"{number:02}-{name}", f"{ROOT / 'configs' / 'ablation.py'}:{number}")
-            for number, name in rows
-        ]
-        flags = [extra for extra in options.flags if extra != "--"]
-        writers.log_to_terminal()
-        code = comparison.train(entries, options.workdir, options.num_seeds, flags)
-        if code:
-            return code
-        print(comparison.compare(entries, options.workdir, options.num_seeds))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SaveFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 74
+    entries = [
+        comparison.Entry(f"{number:02}-{name}", f"{_ROWS}:{number}") for number, name in rows
+    ]
+    writers.log_to_terminal()
+    code = comparison.train(entries, options.workdir, options.num_seeds, flags)
+    if code:
+        return code
+    print(comparison.compare(entries, options.workdir, options.num_seeds))
     print(f"Next: python scripts/results.py {options.workdir}/*/ --into=FILE", file=sys.stderr)
     return 0
 
 
 def _rows(chosen: str) -> list[tuple[int, str]]:
-    spec = importlib.util.spec_from_file_location("ablation", ROOT / "configs" / "ablation.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    names = [name for name, _ in module.STEPS]
+    names = [name for name, _ in runpy.run_path(str(_ROWS))["STEPS"]]
     try:
         numbers = [int(number) for number in chosen.split(",")] if chosen else range(len(names))
         by_number = dict(enumerate(names))
@@ -84,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains every row of configs/ablation.py, from classic to best.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options] [-- FLAG ...]",
     )
     parser.add_argument("--rows", default="", metavar="N,N", help="only these (default: all)")
     parser.add_argument(
@@ -95,7 +87,6 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("runs/ablation"),
         help="holds the run folders (default: runs/ablation)",
     )
-    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="of alexnet_jax.main")
     return parser
 
 

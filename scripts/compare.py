@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax.errors import InputError, SaveFailed
+from alexnet_jax import programs
 
-_EPILOG = """\
+_EPILOG = f"""\
 Each CONFIG has a run folder below WORKDIR, named after it. The same command again skips what is
 trained and goes on in what is not. What follows -- goes to every run. WORKDIR then holds table.md,
 comparison.png (accuracy on the validation images against time, with the deviation over the seeds)
@@ -22,9 +22,13 @@ examples:
   python scripts/compare.py configs/cifar10.py configs/resnet18.py configs/vgg11.py
   python scripts/compare.py configs/cifar10.py configs/cifar10_classic.py --seeds=5 \\
       --workdir=runs/two -- --noconfig.test.measure --config.train.epochs=5
+
+Exit codes: 0 done, {programs.EXIT_CODES}, or that of the
+run that ended otherwise, such as 75, interrupted and saved.
 """
 
 
+@programs.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -32,32 +36,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line after the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0 done, 2 bad input, 74 a file cannot be written, or that of the run that
-        ended otherwise.
+        The exit code, as --help lists them.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    own = given.index("--") if "--" in given else len(given)  # argparse allows one open end alone
-    options, flags = _parser().parse_args(given[:own]), given[own + 1 :]
-    try:
-        from alexnet_jax import comparison, writers  # imports JAX, as --help does not
-        from alexnet_jax.command_line import load_config
+    own, flags = programs.split(arguments)
+    options = _parser().parse_args(own)
+    from alexnet_jax import comparison, writers  # imports JAX, as --help does not
+    from alexnet_jax.command_line import load_config
 
-        for config in options.configs:
-            load_config(config)  # a mistake in the last is told before the first is trained
-        entries = [comparison.entry(config) for config in options.configs]
-        writers.log_to_terminal()
-        how = {"separately": options.separate_runs}
-        code = comparison.train(entries, options.workdir, options.seeds, flags, **how)
-        if code:
-            print("The same command goes on from here.", file=sys.stderr)
-            return code
-        print(comparison.compare(entries, options.workdir, options.seeds, **how))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SaveFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 74
+    for config in options.configs:
+        load_config(config)  # a mistake in the last is told before the first is trained
+    entries = [comparison.entry(config) for config in options.configs]
+    writers.log_to_terminal()
+    how = {"separately": options.separate_runs}
+    code = comparison.train(entries, options.workdir, options.seeds, flags, **how)
+    if code:
+        return code
+    print(comparison.compare(entries, options.workdir, options.seeds, **how))
     print(
         f"Next: look at {options.workdir}/comparison.png and comparison.html; the table is in "
         "table.md.",

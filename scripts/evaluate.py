@@ -4,20 +4,19 @@ Run `python scripts/evaluate.py --help` for what it takes.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alexnet_jax.errors import InputError
+from alexnet_jax import programs
 from alexnet_jax.network_options import add_run, open_network
 
 if TYPE_CHECKING:
     from alexnet_jax.evaluation import Evaluation
     from alexnet_jax.inference import Network
 
-_EPILOG = """\
+_EPILOG = f"""\
 SPLIT is test, validation (what the run held out of train) or train, as the run has them; anything
 else is a split in the language of TFDS, such as "test[:50%]".
 
@@ -26,11 +25,12 @@ examples:
   python scripts/evaluate.py runs/digits --checkpoint=best --split=validation --json=best.json
   python scripts/evaluate.py runs/cifar10 --data.name=cifar10_jpeg --json=- | jq .results
 
-Exit codes: 0 measured, 2 bad input, 130 after Ctrl-C.
+Exit codes: 0 measured, {programs.EXIT_CODES}.
 """
 _MOST_CLASSES = 20  # Of a confusion matrix that a terminal has room for.
 
 
+@programs.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -38,23 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line after the program's name; None takes the process's own.
 
     Returns:
-        The exit code.
+        The exit code, as --help lists them.
     """
     options = _parser().parse_args(arguments)
-    try:
-        _evaluate(options)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _evaluate(options: argparse.Namespace) -> None:
     from alexnet_jax.evaluation import evaluate_network  # imports JAX, as --help does not
-    from alexnet_jax.run_folder import write_json
+    from alexnet_jax.run_folder import format_json, write_json
 
     network = open_network(options)
     data = network.config.data.copy_and_resolve_references()
@@ -65,14 +53,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     evaluation = evaluate_network(network, options.split, data, options.views)
     report = _report(network, evaluation)
     if options.json == "-":
-        print(json.dumps(report, indent=2))
-        return
+        print(format_json(report))
+        return 0
     print(_describe(network, evaluation))
     if options.json:
         write_json(Path(options.json), report)
         print(f"Written to {options.json}.")
     else:
         print(f"Next: python scripts/predict.py {options.run} IMAGE...")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from alexnet_jax import programs
 from alexnet_jax.errors import InputError
 from alexnet_jax.network_options import add_not_averaged, add_run, open_network
 
-_EPILOG = """\
+_EPILOG = f"""\
 FORMAT is one of
   stablehlo   network.stablehlo, for jax.export.deserialize (CPU, CUDA, ROCm, TPU)
   onnx        network.onnx, for ONNX Runtime and others
@@ -25,10 +26,12 @@ own runtime and compared with the network before it stays. class_names.json and 
 beside it. All but stablehlo need:
   pip install --constraint constraints.txt --editable ".[export]"
 
-Exit codes: 0 exported, 2 bad input, or an artefact that does not agree, 130 after Ctrl-C.
+Exit codes: 0 exported, {programs.EXIT_CODES}; 2 also
+for an artefact that does not agree.
 """
 
 
+@programs.entry_point(interrupted="Interrupted; nothing half-made is left behind.")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -36,25 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line after the program's name; None takes the process's own.
 
     Returns:
-        The exit code.
+        The exit code, as --help lists them.
     """
-    options = _parser().parse_args(arguments)
-    command = ["python", "scripts/export.py", *(sys.argv[1:] if arguments is None else arguments)]
-    try:
-        _export(options, shlex.join(command))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted; nothing half-made is left behind.", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _export(options: argparse.Namespace, command: str) -> None:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(given)
     from alexnet_jax import export  # imports JAX, which --help does without
     from alexnet_jax.model_card import model_card
 
+    command = shlex.join(["python", "scripts/export.py", *given])
     kind = export.FORMATS.get(options.format)
     if kind is None:
         known = ", ".join(export.FORMATS)
@@ -78,6 +70,7 @@ def _export(options: argparse.Namespace, command: str) -> None:
         f"  beside it: class_names.json, MODEL_CARD.md\n"
         "Next: docs/inference.md says how to run it without this library."
     )
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,10 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax import inference, pretrained
-from alexnet_jax.errors import InputError, SaveFailed
+from alexnet_jax import programs
 
-_EPILOG = """\
+_EPILOG = f"""\
 RUN must be of a network that torchvision has, which is config.model.name "alexnet_owt" with its own
 kernels, strides and paddings; widths and classes may be others. What was imported comes out again
 bit for bit.
@@ -19,9 +18,12 @@ bit for bit.
 examples:
   python scripts/export_torchvision.py runs/imagenet alexnet.pth
   python scripts/export_torchvision.py runs/imagenet alexnet.safetensors --checkpoint=best
+
+Exit codes: 0 written, {programs.EXIT_CODES}.
 """
 
 
+@programs.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -29,18 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line after the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0 if the file is written, 2 for bad input, 74 if it cannot be written.
+        The exit code, as --help lists them.
     """
     options = _parser().parse_args(arguments)
+    from alexnet_jax import inference, pretrained  # imports JAX, as --help does not
+
     which = int(options.checkpoint) if options.checkpoint.isdecimal() else options.checkpoint
-    try:
-        network = inference.load(options.run, checkpoint=which)
-        state_dict = pretrained.to_torchvision(network.answering.params)
-        pretrained.check_model(network.config.model)
-        pretrained.write_state_dict(state_dict, options.out)
-    except (InputError, SaveFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 74
+    network = inference.load(options.run, checkpoint=which)
+    state_dict = pretrained.to_torchvision(network.answering.params)
+    pretrained.check_model(network.config.model)
+    pretrained.write_state_dict(state_dict, options.out)
     classes = len(network.class_names)
     print(
         f"{options.out} holds the weights of {options.run} at step {network.step:,}: a state dict "

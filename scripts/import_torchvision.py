@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax import pretrained
-from alexnet_jax.errors import InputError, SaveFailed
+from alexnet_jax import programs
+from alexnet_jax.errors import InputError
 
-_EPILOG = """\
+_EPILOG = f"""\
 FILE is what torchvision downloads for `alexnet`, a state dict that torch.save wrote (PyTorch must
 be installed to read these; nothing in them is run), or the same as .safetensors. The network may
 have other widths and another number of classes.
@@ -19,9 +19,12 @@ have other widths and another number of classes.
 examples:
   python scripts/import_torchvision.py ~/Downloads/alexnet-owt-7be5be79.pth runs/imagenet_owt
   python scripts/import_torchvision.py flowers.safetensors runs/flowers --class_names=flowers.txt
+
+Exit codes: 0 the run folder is made, {programs.EXIT_CODES}.
 """
 
 
+@programs.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -29,15 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line after the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0 if the run folder is made, 2 for bad input, 74 if it cannot be written.
+        The exit code, as --help lists them.
     """
     options = _parser().parse_args(arguments)
-    try:
-        names = _read_names(options.class_names) if options.class_names else ()
-        found = pretrained.import_run(options.file, options.workdir, names)
-    except (InputError, SaveFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 74
+    from alexnet_jax import pretrained  # imports JAX, as --help does not
+
+    names = _read_names(options.class_names) if options.class_names else ()
+    found = pretrained.import_run(options.file, options.workdir, names)
     (classes,) = found["classes"]
     print(
         f"{options.workdir} is a run folder now, at step 0: AlexNet with {classes:,} classes, "

@@ -5,6 +5,9 @@ python scripts/launch_local.py 2 --devices_per_process=2 -- --config=configs/dig
 What follows the -- are the arguments of alexnet_jax.main. On a machine with GPUs each process gets
 its own; elsewhere CPU devices, of which there may be more than cores. Ctrl-C and SIGTERM go to all
 processes. If one fails, the others get some seconds to end by themselves.
+
+Exit codes: 0 all have finished, 2 bad input, 130 after Ctrl-C before they began, or that of the
+first process to fail, such as 75, interrupted and saved.
 """
 
 import argparse
@@ -18,17 +21,50 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
-from alexnet_jax import gpus
+from alexnet_jax import gpus, programs
+from alexnet_jax.errors import InputError
 
 # A process notices at once that another is gone, by its connections; this is beyond that.
 GRACE_SECONDS = 15.0
-EXIT_INTERRUPTED = 75  # of alexnet_jax.main: saved, and all do so together
 
 
-def main() -> None:
-    """Runs what the command line asks for."""
+@programs.entry_point()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+        arguments: The command line after the program's name; None takes the process's own.
+
+    Returns:
+        The exit code, as --help lists them.
+    """
+    own, flags = programs.split(arguments)
+    options = _parser().parse_args(own)
+    count, devices = options.processes, options.devices_per_process
+    if count < 1 or devices < 1:
+        raise InputError(
+            f"{count} processes with {devices} devices are impossible; give at least 1 of each."
+        )
+    programs.check_flags(flags, ("coordinator", "num_processes", "process_id"), "launch_local")
+    variables = [device_variables(p, count, devices, os.environ) for p in range(count)]
+    address = f"127.0.0.1:{free_port()}"
+    commands = [
+        [
+            *(sys.executable, "-m", "alexnet_jax.main", *flags),
+            *(f"--coordinator={address}", f"--num_processes={count}", f"--process_id={process}"),
+        ]
+        for process in range(count)
+    ]
+    code = launch(commands, variables)
+    if code == programs.EXIT_INTERRUPTED:  # all do so together
+        again = shlex.join(["python", "scripts/launch_local.py", *own, "--", *flags])
+        print(f"To go on with all processes:\n  {again}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [-h] [--devices_per_process K] N -- [argument of alexnet_jax.main ...]",
         description=__doc__,
@@ -36,34 +72,7 @@ def main() -> None:
     )
     parser.add_argument("processes", type=int, metavar="N", help="how many processes")
     parser.add_argument("--devices_per_process", type=int, default=1, metavar="K")
-    # Not left to argparse, which takes no arguments after options that stand behind N.
-    own, arguments = sys.argv[1:], []
-    if "--" in own:
-        arguments = own[own.index("--") + 1 :]
-        own = own[: own.index("--")]
-    options = parser.parse_args(own)
-    count, devices = options.processes, options.devices_per_process
-    if count < 1 or devices < 1:
-        _refuse(f"{count} processes with {devices} devices are impossible; give at least 1 of each")
-    address = f"127.0.0.1:{free_port()}"
-    commands = [
-        [
-            *(sys.executable, "-m", "alexnet_jax.main", *arguments),
-            *(f"--coordinator={address}", f"--num_processes={count}", f"--process_id={process}"),
-        ]
-        for process in range(count)
-    ]
-    code = launch(commands, [device_variables(p, count, devices, os.environ) for p in range(count)])
-    if code == EXIT_INTERRUPTED:
-        print(
-            f"To go on with all processes:\n  {shlex.join(['python', *sys.argv])}", file=sys.stderr
-        )
-    sys.exit(code)
-
-
-def _refuse(message: str) -> NoReturn:
-    print(f"error: {message}.", file=sys.stderr)
-    sys.exit(2)
+    return parser
 
 
 def free_port() -> int:
@@ -76,14 +85,18 @@ def free_port() -> int:
 def device_variables(
     process: int, count: int, devices: int, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """Returns the variables that give one of `count` processes its own devices."""
+    """Returns the variables that give one of `count` processes its own devices.
+
+    Raises:
+        InputError: There are GPUs, but too few.
+    """
     found = gpus.visible(environment)
     if not found:
         return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     if len(found) < count * devices:
-        _refuse(
+        raise InputError(
             f"{count} processes with {devices} GPUs each need {count * devices}, and there are "
-            f"{len(found)}; give fewer, or JAX_PLATFORMS=cpu to try it without GPUs"
+            f"{len(found)}; give fewer, or JAX_PLATFORMS=cpu to try it without GPUs."
         )
     own = found[process * devices : (process + 1) * devices]
     return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
@@ -133,11 +146,11 @@ def _wait(started: Sequence[subprocess.Popen[Any]]) -> int:
         codes = [process.poll() or 0 for process in started]
         if not first and any(codes):
             number, code = next((n, c) for n, c in enumerate(codes) if c)
-            first = 128 - code if code < 0 else code
+            first = programs.shell_code(code)
             deadline = time.monotonic() + GRACE_SECONDS
             if code < 0:
                 _say(f"process {number} was killed by {signal.Signals(-code).name}.")
-            elif code != EXIT_INTERRUPTED:
+            elif code != programs.EXIT_INTERRUPTED:
                 _say(f"process {number} ended with exit code {code}.")
         if time.monotonic() > deadline:
             for number, process in enumerate(started):
@@ -148,8 +161,7 @@ def _wait(started: Sequence[subprocess.Popen[Any]]) -> int:
         time.sleep(0.05)
     if first:
         return first
-    code = next((process.returncode for process in started if process.returncode), 0)
-    return 128 - code if code < 0 else code
+    return programs.shell_code(next((p.returncode for p in started if p.returncode), 0))
 
 
 def _say(message: str) -> None:
@@ -186,4 +198,4 @@ def _repeat(number: int, output: IO[bytes]) -> threading.Thread:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from alexnet_jax import programs
 from alexnet_jax.errors import InputError, printable
 from alexnet_jax.network_options import add_not_averaged, add_run, open_network
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from alexnet_jax.inference import Network
 
-_EPILOG = """\
+_EPILOG = f"""\
 An IMAGE is a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file, or a folder, of which all such files are
 taken, also those in folders below.
 
@@ -30,8 +31,8 @@ examples:
   python scripts/predict.py runs/cifar10 cat.jpg --explain=explained
   python scripts/predict.py runs/cifar10 photos/ --format=csv > answers.csv
 
-Exit codes: 0 all images have an answer, 1 some could not be read and the others have one, 2 bad
-input, 130 after Ctrl-C.
+Exit codes: 0 all images have an answer, 1 some could not be read and the others have one,
+{programs.EXIT_CODES}.
 """
 FORMATS = ("table", "json", "csv")
 MOST_ON_A_SHEET = 600
@@ -49,6 +50,7 @@ class Predicted(NamedTuple):
     top: list[tuple[str, float]]
 
 
+@programs.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -56,23 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line after the program's name; None takes the process's own.
 
     Returns:
-        The exit code.
+        The exit code, as --help lists them.
     """
     options = _parser().parse_args(arguments)
-    try:
-        return _predict(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
-
-
-def _predict(options: argparse.Namespace) -> int:
     if options.top < 1:
         raise InputError(f"--top={options.top} is too few; it must be at least 1.")
     if options.format not in FORMATS:
@@ -95,7 +83,7 @@ def _predict(options: argparse.Namespace) -> int:
             print(f"error: {error}", file=sys.stderr)
     _draw(options, network, shown)
     if not shown:
-        return 2
+        return programs.EXIT_BAD_INPUT
     return 1 if errors else 0
 
 

@@ -7,10 +7,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from alexnet_jax import programs
 from alexnet_jax.data import prepare
-from alexnet_jax.errors import InputError
 
-_EPILOG = """\
+_EPILOG = f"""\
 PATH is one of
   cifar-10-binary.tar.gz or cifar-10-python.tar.gz, the official archives;
   a folder or an archive (tar, tar.gz, tar.xz, tar.bz2, zip) of images in class folders:
@@ -20,9 +20,12 @@ examples:
   python scripts/prepare_data.py ~/Downloads/cifar-10-python.tar.gz
   python scripts/prepare_data.py flowers.zip --test_fraction=0.1
   python scripts/prepare_data.py photos/ --name=my_photos --data_dir=/data/tfds
+
+Exit codes: 0 the data set lies ready, {programs.EXIT_CODES}.
 """
 
 
+@programs.entry_point(interrupted="Interrupted; nothing half-made is left behind.")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -30,23 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line after the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0 if the data set lies ready, 2 for bad input, 130 after Ctrl-C.
+        The exit code, as --help lists them.
     """
     options = _parser().parse_args(arguments)
-    try:
-        prepared = prepare.prepare_path(
-            options.path,
-            name=options.name,
-            data_dir=options.data_dir,
-            test_fraction=options.test_fraction,
-            overwrite=options.overwrite,
-        )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted; nothing half-made is left behind.", file=sys.stderr)
-        return 130
+    prepared = prepare.prepare_path(
+        options.path,
+        name=options.name,
+        data_dir=options.data_dir,
+        test_fraction=options.test_fraction,
+        overwrite=options.overwrite,
+    )
     print(_report(prepared, options.data_dir))
     return 0
 

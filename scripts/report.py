@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax import report
-from alexnet_jax.errors import InputError, SaveFailed
+from alexnet_jax import programs
+from alexnet_jax.errors import InputError
 
-_EPILOG = """\
+_EPILOG = f"""\
 RUN is the folder of a run, as --workdir named it, finished or still going on.
 One is given its report anew; of several, a page shows the curves over each other, the results, and
 the options in which they differ.
@@ -20,9 +20,12 @@ examples:
   python scripts/report.py runs/digits
   python scripts/report.py runs/digits --output=digits.html
   python scripts/report.py runs/narrow runs/wide --output=widths.html
+
+Exit codes: 0 the page lies ready, {programs.EXIT_CODES}.
 """
 
 
+@programs.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -30,33 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line after the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0 if the page lies ready, 2 for bad input, 74 if it cannot be written.
+        The exit code, as --help lists them.
     """
-    parser = argparse.ArgumentParser(
-        description="Makes the report of a run again, or compares several.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the folder of a run")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="where the page goes (default: RUN/report.html; of several, comparison.html)",
-    )
-    options = parser.parse_args(arguments)
-    try:
-        output = _checked(options.output)
-        if len(options.runs) == 1:
-            page = report.write_report(options.runs[0], output)
-        else:
-            page = report.write_comparison(options.runs, output or Path("comparison.html"))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SaveFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 74
+    options = _parser().parse_args(arguments)
+    from alexnet_jax import report  # imports JAX, as --help does not
+
+    output = _checked(options.output)
+    if len(options.runs) == 1:
+        page = report.write_report(options.runs[0], output)
+    else:
+        page = report.write_comparison(options.runs, output or Path("comparison.html"))
     print(page)
     print("Next: open it in a browser; it needs no network.", file=sys.stderr)
     return 0
@@ -71,6 +57,22 @@ def _checked(output: Path | None) -> Path | None:
     if not output.parent.is_dir():
         raise InputError(f"--output={output} lies in no folder; make {output.parent} first.")
     return output
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Makes the report of a run again, or compares several.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the folder of a run")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where the page goes (default: RUN/report.html; of several, comparison.html)",
+    )
+    return parser
 
 
 if __name__ == "__main__":

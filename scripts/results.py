@@ -8,18 +8,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax.errors import InputError, SaveFailed
+from alexnet_jax import programs
 
-_EPILOG = """\
+_EPILOG = f"""\
 Runs that differ in nothing but their seeds make one row: mean, standard deviation, and the 95%
 interval of the mean by Student's t. A row is named after the first of its folders.
 
 examples:
   python scripts/results.py runs/classic runs/best
   python scripts/results.py runs/best-*/ --into=docs/results.md
+
+Exit codes: 0 done, {programs.EXIT_CODES}.
 """
 
 
+@programs.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -27,20 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line after the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0 done, 2 bad input.
+        The exit code, as --help lists them.
     """
     options = _parser().parse_args(arguments)
-    try:
-        from alexnet_jax import results  # imports JAX, as --help does not
+    from alexnet_jax import results  # imports JAX, as --help does not
 
-        groups = results.group([results.read_run(folder) for folder in options.folders])
-        names = [members[0].folder.resolve().name for members in groups]
-        text = results.table(groups, names)
-        if options.into:
-            results.put_between_marks(options.into, text)
-    except (InputError, SaveFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    groups = results.group([results.read_run(folder) for folder in options.folders])
+    names = [members[0].folder.resolve().name for members in groups]
+    text = results.table(groups, names)
+    if options.into:
+        results.put_between_marks(options.into, text)
     print(text)
     return 0
 

@@ -6,18 +6,18 @@ Run `python scripts/sweep.py --help` for what it takes.
 import argparse
 import csv
 import io
-import logging
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alexnet_jax.errors import InputError, SaveFailed
+from alexnet_jax import programs
+from alexnet_jax.errors import InputError
 
 if TYPE_CHECKING:
     from alexnet_jax.sweep import Row
 
-_EPILOG = """\
+_EPILOG = f"""\
 Each trial is a run in a folder of its own below WORKDIR; the study lies in WORKDIR/study.db.
 Stopped by Ctrl-C, or killed, the same command goes on, also within a trial; so do more --trials. A
 trial whose accuracy after an epoch is below the median of those before it is stopped. What follows
@@ -29,9 +29,13 @@ examples:
       --choice=optimizer.schedule=linear,cosine
   python scripts/sweep.py --config=configs/cifar10.py --workdir=runs/widths \\
       --choice="model.hidden=(256,256),(1024,1024)" -- --config.train.epochs=5
+
+Exit codes: 0 all trials have ended, {programs.EXIT_CODES},
+75 interrupted and saved.
 """
 
 
+@programs.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -39,26 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line after the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0 all trials have ended, 2 bad input, 74 a file cannot be written,
-        75 interrupted and saved.
+        The exit code, as --help lists them.
     """
-    options = _parser().parse_args(arguments)
-    logging.getLogger("alexnet_jax").setLevel(logging.INFO)
-    try:
-        finished = _search(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SaveFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 74
-    if not finished:
-        print("Stopped and saved. The same command goes on.", file=sys.stderr)
-        return 75
-    return 0
-
-
-def _search(options: argparse.Namespace) -> bool:
+    own, flags = programs.split(arguments)
+    options = _parser().parse_args(own)
     from alexnet_jax import search_space, sweep, writers  # imports JAX, as --help does not
     from alexnet_jax.command_line import load_config
 
@@ -67,14 +55,14 @@ def _search(options: argparse.Namespace) -> bool:
             raise InputError(f"--{name}={getattr(options, name)} must be at least 1.")
     config = load_config(options.config)
     workdir = options.workdir or Path("runs", f"{Path(options.config.split(':')[0]).stem}-sweep")
-    flags = [flag for flag in options.flags if flag != "--"]
-    for own in ("--config=", "--workdir", "--config.test.measure", "--noconfig.test.measure"):
-        if any(flag.startswith(own) for flag in flags):
-            raise InputError(f"{own.rstrip('=')} after -- is what the sweep gives its runs itself.")
+    space = search_space.parse_space(options.range, options.choice, config)
+    searched = [f"config.{one.key}" for one in space]
+    taken = ("config", "workdir", "config.test.measure", *searched)
+    programs.check_flags(flags, taken, "the sweep")
     search = sweep.Sweep(
         folder=workdir,
         config=options.config,
-        space=search_space.parse_space(options.range, options.choice, config),
+        space=space,
         flags=tuple(flags),
         seed=options.seed,
         prune=options.prune,
@@ -96,12 +84,15 @@ def _search(options: argparse.Namespace) -> bool:
     )
     for key, share in matters.items():
         print(f"  {share:4.0%} of the variation comes from {key}")
-    if best and finished:
+    if not finished:
+        print("Stopped and saved. The same command goes on.", file=sys.stderr)
+        return programs.EXIT_INTERRUPTED
+    if best:
         print(
             f"\nNext: train the best and measure it on the test set, once:\n"
             f"  {sweep.best_command(search, best)}"
         )
-    return finished
+    return 0
 
 
 def _write(
@@ -132,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Searches for better options, judged on the validation images.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s --config=FILE [options] [-- FLAG ...]",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="where trials begin from")
     parser.add_argument(
@@ -165,7 +157,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep_checkpoints", action="store_true", help="of all trials, and not of the best alone"
     )
-    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="of alexnet_jax.main")
     return parser
 
 

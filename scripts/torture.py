@@ -19,15 +19,20 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-_EPILOG = """\
+from alexnet_jax import programs
+
+_EPILOG = f"""\
 examples:
   python scripts/torture.py                           100 kills, about 15 minutes
   python scripts/torture.py --damage                  100 damages of each kind, about 9 minutes
   python scripts/torture.py --kills=5 --json=kills.json
+
+Exit codes: 0 all held, 1 something did not,
+{programs.EXIT_CODES}.
 """
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +69,7 @@ class Moment:
 
 
 class Session:
-    """One process of a run, from its start to its end."""
+    """One process of a run, from its start to its end, which leaving its context brings about."""
 
     def __init__(self, folder: Path, data_dir: Path, cache: Path) -> None:
         self.folder = folder
@@ -77,7 +82,7 @@ class Session:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         options = [f"--config.{key}={value}" for key, value in _OPTIONS.items()]
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `ended`
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `__exit__`
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "alexnet_jax.main", "--config=configs/digits.py"),
@@ -87,6 +92,14 @@ class Session:
             env=environment,
             stderr=self._errors,
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()  # does nothing to one that has ended
+        self._process.wait()
+        self._errors.close()
 
     def _read(self, name: str) -> str:
         path = self.folder / name
@@ -127,12 +140,9 @@ class Session:
         try:
             code = self._process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
             return f"still ran after {_PATIENCE:.0f} s"
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace")
-        self._errors.close()
         if "Traceback" in said or code not in (0, -signal.SIGKILL):
             return f"exit code {code}: {said[-2000:]}"
         return ""
@@ -169,22 +179,24 @@ def torture_by_kills(kills: int, rng: random.Random, folder: Path) -> dict[str, 
     data_dir, cache = folder / "data", folder / "cache"
     reference = folder / "undisturbed"
     failures = []
-    if wrong := Session(reference, data_dir, cache).ended():
-        raise RuntimeError(f"the undisturbed run failed: {wrong}")
+    with Session(reference, data_dir, cache) as session:
+        if wrong := session.ended():
+            raise RuntimeError(f"the undisturbed run failed: {wrong}")
     done: collections.Counter[str] = collections.Counter()
     runs = 0
     while done.total() < kills:
         runs += 1
         run = folder / f"run{runs}"
         while not (run / "report.html").exists():
-            session = Session(run, data_dir, cache)
-            if done.total() < kills:
-                # The rarest so far, and of these any, for some are never reached.
-                fewest = min(done[name] for name in MOMENTS)
-                name = rng.choice([name for name in MOMENTS if done[name] <= fewest + 2])
-                if session.kill_at(MOMENTS[name], rng):
-                    done[name] += 1
-            if wrong := session.ended():
+            with Session(run, data_dir, cache) as session:
+                if done.total() < kills:
+                    # The rarest so far, and of these any, for some are never reached.
+                    fewest = min(done[name] for name in MOMENTS)
+                    name = rng.choice([name for name in MOMENTS if done[name] <= fewest + 2])
+                    if session.kill_at(MOMENTS[name], rng):
+                        done[name] += 1
+                wrong = session.ended()
+            if wrong:
                 failures.append(f"run {runs}, after {done.total()} kills: {wrong}")
                 break
             _tell(f"{done.total()} of {kills} kills, run {runs}, {len(failures)} failures")
@@ -460,6 +472,7 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@programs.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -467,7 +480,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line after the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0 if all held, 1 if anything did not.
+        The exit code, as --help lists them.
     """
     parser = argparse.ArgumentParser(
         description="Tries to lose a run, and counts what held.",
@@ -492,7 +505,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = torture_by_kills(options.kills, rng, Path(folder))
     print(_table(result))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        from alexnet_jax.run_folder import write_json  # imports JAX, as --help does not
+
+        write_json(options.json, result)
     return 1 if result["failures"] else 0
 
 

@@ -90,7 +90,7 @@ def _in_a_fork(run, arguments):
             sys.argv = ["main.py", *arguments]
             code = 0
             try:
-                run()
+                code = run()
             except SystemExit as stop:
                 code = stop.code or 0
             except BaseException:

@@ -303,7 +303,8 @@ def test_create_model_passes_every_option_on():
 
 
 def test_description_names_each_layer_and_the_totals():
-    text = describe(AlexNet(num_classes=10), (32, 32, 3))
+    description = describe(AlexNet(num_classes=10), (32, 32, 3))
+    text = str(description)
     for name in ("conv1", "conv2", "conv3", "conv4", "conv5", "fc1", "fc2", "logits"):
         assert f"{name}/kernel" in text
     assert "35,855,178" in text
@@ -316,3 +317,4 @@ def test_description_names_each_layer_and_the_totals():
     kernels += 4096 * 4096 * 2 + 4096 * 10
     stated = float(text.rsplit(": ", 1)[1].removesuffix(" million FLOPs").replace(",", ""))
     assert stated == pytest.approx(2 * kernels / 1e6, rel=0.01)
+    assert stated == pytest.approx(description.flops / 1e6, abs=0.05)

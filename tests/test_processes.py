@@ -15,6 +15,7 @@ import pytest
 from alexnet_jax import parallel, processes, run_folder, train, writers
 from alexnet_jax.errors import InputError
 from alexnet_jax.processes import Flags, find
+from alexnet_jax.programs import EXIT_LOST
 from alexnet_jax.train import train_and_evaluate
 
 pytestmark = [
@@ -131,7 +132,7 @@ def update_then_signal(self, record):
         os.kill(os.getpid(), number)
 writers.Progress.update = update_then_signal
 sys.argv = ["main", *sys.argv[3:]]
-main.run()
+sys.exit(main.run())
 """
 
 
@@ -221,7 +222,7 @@ def test_two_processes_train_stop_die_and_go_on_as_one(tmp_path, monkeypatch):
 
     # One of them is killed: the other says so and ends.
     ended = run_two(*arguments, signals=((0, 0), (int(signal.SIGKILL), 14)))
-    assert [code for code, _ in ended] == [processes.EXIT_LOST, -signal.SIGKILL], ended
+    assert [code for code, _ in ended] == [EXIT_LOST, -signal.SIGKILL], ended
     assert f"Going on from step {saved}." in ended[0][1]
     assert "error: process 1 of this run is gone, and none can go on without it; st" in ended[0][1]
     assert "Traceback" not in ended[0][1]
@@ -282,7 +283,7 @@ def test_processes_agree_and_fail_together():
     for text in (said, said_too):
         assert "the number of process 1 is not that of process 0; it must be. 61" in text
         assert f"process 1: {'x' * 51} 2000" in text
-    assert (first, second) == (processes.EXIT_LOST, 1), (said, said_too)
+    assert (first, second) == (EXIT_LOST, 1), (said, said_too)
     assert "KeyError: 'a mistake of the program'" in said_too
     assert said_too.endswith("This process ends here, and with it the others.\n")
     assert "error: process 1 of this run is gone, and none can go on without it; start" in said
@@ -295,7 +296,7 @@ import sys
 from alexnet_jax import main, processes
 processes.CONNECT_SECONDS = 2
 sys.argv = ["main", *sys.argv[1:]]
-main.run()
+sys.exit(main.run())
 """
     done = subprocess.run(
         [
@@ -308,7 +309,7 @@ main.run()
         text=True,
         timeout=100,
     )
-    assert done.returncode == processes.EXIT_LOST
+    assert done.returncode == EXIT_LOST
     assert re.fullmatch(
         r"error: the processes have not all come together at .* within 2 s; .*\n", done.stderr
     )

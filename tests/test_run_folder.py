@@ -12,10 +12,18 @@ from pathlib import Path
 from socket import gethostname
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from alexnet_jax.config import FREE_KEYS, default_config, flatten
 from alexnet_jax.errors import InputError, SaveFailed
-from alexnet_jax.run_folder import check_dataset, open_run_folder, read_json, write_json
+from alexnet_jax.run_folder import (
+    check_dataset,
+    format_json,
+    open_run_folder,
+    read_json,
+    write_json,
+)
 
 
 def config(**changes):
@@ -163,6 +171,35 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     write_json(path, {"accuracy": 0.9})  # what was left behind is in nobody's way
     assert read_json(path) == {"accuracy": 0.9}
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_row_of_a_confusion_matrix_is_a_line(tmp_path):
+    write_json(tmp_path / "results.json", {"test": {"confusion": [[5, 0], [1, 4]]}, "seeds": [3]})
+    assert (tmp_path / "results.json").read_text().splitlines() == [
+        "{",
+        '  "test": {',
+        '    "confusion": [',
+        "      [5, 0],",
+        "      [1, 4]",
+        "    ]",
+        "  },",
+        '  "seeds": [3]',
+        "}",
+    ]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(JSON)
+def test_what_is_laid_out_is_the_same_json(value):
+    text = format_json(value)
+    assert json.loads(text) == value
+    if "[" not in text:  # what has no list is laid out as ever
+        assert text == json.dumps(value, indent=2)
 
 
 def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path, monkeypatch):

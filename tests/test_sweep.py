@@ -329,8 +329,6 @@ def test_the_program_ends_with_a_table_a_figure_and_a_command(program, folder, c
         (["--trials=0"], "--trials=0 must be at least 1"),
         (["--workers=0"], "--workers=0 must be at least 1"),
         ([], "nothing is to change"),
-        (["--", "--workdir=x"], "--workdir after -- is what the sweep gives its runs itself"),
-        (["--", "--config.test.measure"], "--config.test.measure after -- is what the sweep"),
         (["--config=configs/nothing.py"], "configs/nothing.py is not a file"),
     ],
 )

@@ -1,6 +1,7 @@
 """The torture program itself, with a few kills and damages; `docs/reliability.md` has the many."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +31,19 @@ def test_a_few_kills(tmp_path, capsys, monkeypatch):
     assert sum(found["kills"].values()) == 2
     assert found["failures"] == []
     assert "2 kills of " in said
+
+
+def test_ctrl_c_leaves_no_run_behind(monkeypatch, capsys):
+    started = []
+
+    def interrupt(session):
+        started.append(session._process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torture.Session, "ended", interrupt)
+    assert torture.main(["--kills=1"]) == 130
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+    assert capsys.readouterr() == ("", "Interrupted.\n")
 
 
 def test_a_few_damages(tmp_path, capsys):

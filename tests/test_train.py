@@ -117,6 +117,8 @@ def test_a_run_learns_and_leaves_its_files(whole_run):
     assert results["step"] == 30
     assert json.loads((folder / "results.json").read_text()) == results
     assert np.sum(results["test"]["confusion"]) == 360
+    stated = f"one image: {results['flops'] / 1e6:,.1f} million FLOPs\n"
+    assert (folder / "model.txt").read_text().endswith(stated)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "Going on" not in (folder / "log.txt").read_text()
     info = json.loads((folder / "dataset.json").read_text())
@@ -480,7 +482,7 @@ def test_on_a_full_disk_a_run_trains_on_and_ends_with_a_sentence(data_dir, tmp_p
         from alexnet_jax import main
         resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
         sys.argv = ["main", *sys.argv[1:]]
-        main.run()
+        sys.exit(main.run())
     """
     done = run_python(
         code,
@@ -549,7 +551,7 @@ def test_import_and_run_without_tensorflow(config, tmp_path):
         import alexnet_jax
         from alexnet_jax import main
         sys.argv = ["main", *sys.argv[1:]]
-        main.run()
+        sys.exit(main.run())
     """
     changes = [
         "--config=configs/digits.py",

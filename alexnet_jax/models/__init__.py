@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,24 +128,36 @@ def measure_fixed(
     return {whitening.COLLECTION: {whitening.NAME: {"kernel": kernels}}}
 
 
-def count_flops(model: nn.Module, image_shape: tuple[int, ...]) -> float:
-    """Counts the FLOPs of the forward pass of one image (H, W, C), two for each product."""
+class Description(NamedTuple):
+    """What a network consists of, and what it costs; as a text it is both.
+
+    Attributes:
+        parameters: A table of their names, shapes and number.
+        flops: Of the forward pass of one image, two for each product.
+    """
+
+    parameters: str
+    flops: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameters}\nForward pass of one image: {self.flops / 1e6:,.1f} million FLOPs"
+        )
+
+
+def describe(model: nn.Module, image_shape: tuple[int, ...]) -> Description:
+    """Lays out the parameters, and counts the FLOPs.
+
+    Args:
+        model: A network.
+        image_shape: (H, W, C) of one image.
+    """
     images = jnp.zeros((1, *image_shape))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
     plain = model.clone(ops=PLAIN)  # the same number whatever computes it
     forward = jax.jit(lambda variables: plain.apply(variables, images, train=False))
-    return float((forward.lower(variables).cost_analysis() or {}).get("flops", float("nan")))
-
-
-def describe(model: nn.Module, image_shape: tuple[int, ...]) -> str:
-    """Lays out the parameters with their shapes and number, and counts the FLOPs.
-
-    Args:
-        model: A network.
-        image_shape: (H, W, C) of one image; the FLOPs are those of its forward pass.
-    """
-    images = jnp.zeros((1, *image_shape))
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-    flops = count_flops(model, image_shape)
-    table = get_parameter_overview(variables["params"], include_stats=False)
-    return f"{table}\nForward pass of one image: {flops / 1e6:,.1f} million FLOPs"
+    cost = forward.lower(variables).cost_analysis() or {}
+    return Description(
+        parameters=get_parameter_overview(variables["params"], include_stats=False),
+        flops=float(cost.get("flops", math.nan)),
+    )

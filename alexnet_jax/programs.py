@@ -1,0 +1,159 @@
+"""What all programs have in common: how they end, and flags that they hand on to training runs.
+
+Nothing here imports JAX, so that --help is quick.
+"""
+
+import errno
+import functools
+import os
+import select
+import sys
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TextIO
+
+from alexnet_jax.errors import Diverged, InputError, SaveFailed
+
+EXIT_BAD_INPUT = 2  # as argparse has it
+EXIT_DIVERGED = 3
+EXIT_LOST = 69  # EX_UNAVAILABLE of sysexits.h
+EXIT_NOT_SAVED = 74  # EX_IOERR of sysexits.h
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, try again
+EXIT_CTRL_C = 130  # as a shell reports it
+
+# For --help: those that every program has.
+EXIT_CODES = (
+    f"{EXIT_BAD_INPUT} bad input, {EXIT_NOT_SAVED} a file cannot be written, "
+    f"{EXIT_CTRL_C} after Ctrl-C"
+)
+
+_CODES = {InputError: EXIT_BAD_INPUT, Diverged: EXIT_DIVERGED, SaveFailed: EXIT_NOT_SAVED}
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+P = ParamSpec("P")
+
+
+def entry_point(
+    *, interrupted: str = "Interrupted."
+) -> Callable[[Callable[P, int | None]], Callable[P, int]]:
+    """Decorates the main function of a program, so that it ends as all of them do.
+
+    An error that is meant for a person becomes ``error: sentence`` on standard error and its exit
+    code; so does a full disk. Ctrl-C becomes a word and `EXIT_CTRL_C`. Where nobody reads on, as
+    behind ``| head``, the program ends quietly. Anything else is a mistake of its own, and keeps
+    its traceback.
+
+    Args:
+        interrupted: What to say after Ctrl-C.
+
+    Returns:
+        A decorator; what it returns has the arguments of the function, and returns the exit code.
+        The function may return None for 0.
+    """
+
+    def decorate(main: Callable[P, int | None]) -> Callable[P, int]:
+        @functools.wraps(main)
+        def program(*args: P.args, **kwargs: P.kwargs) -> int:
+            code = 0
+            try:
+                try:
+                    code = main(*args, **kwargs) or 0
+                except (InputError, Diverged, SaveFailed) as error:
+                    code = exit_code(error)
+                    print(f"error: {error}", file=sys.stderr)
+                except KeyboardInterrupt:
+                    code = EXIT_CTRL_C
+                    print(interrupted, file=sys.stderr)
+                except SystemExit:  # argparse has answered
+                    print(end="", flush=True)
+                    raise
+                print(end="", flush=True)  # at the end of the process it is too late to notice
+            except OSError as error:
+                return _could_not_write(error) or code
+            return code
+
+        return program
+
+    return decorate
+
+
+def exit_code(error: InputError | Diverged | SaveFailed) -> int:
+    """Returns the exit code that stands for an error."""
+    return next(code for kind, code in _CODES.items() if isinstance(error, kind))
+
+
+def shell_code(returncode: int) -> int:
+    """Returns the exit code of a process as a shell has it: 128 + the signal that killed it.
+
+    Args:
+        returncode: As `subprocess` has it, which is negative then.
+    """
+    return 128 - returncode if returncode < 0 else returncode
+
+
+def _could_not_write(error: OSError) -> int:
+    """Returns the exit code for an error of a full disk, or of a pipe that nobody reads any more.
+
+    Raises:
+        OSError: The error, if it is another one, such as of a pipe to a process of the program's.
+    """
+    code, streams = 0, (sys.stdout, sys.stderr)
+    if error.errno in _NO_ROOM:
+        code = EXIT_NOT_SAVED
+        where = error.filename or "the output"
+        print(f"error: {where} could not be written ({error.strerror}).", file=sys.stderr)
+    elif not (isinstance(error, BrokenPipeError) and any(map(_nobody_reads, streams))):
+        raise error
+    for stream in streams:
+        try:
+            stream.flush()
+        except OSError:  # what is left would be tried again at the end of the process
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+    return code
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    poll = select.poll()
+    try:
+        poll.register(stream, 0)  # an error is told of, whether or not it is asked for
+    except OSError:  # it is no file
+        return False
+    return bool(poll.poll(0))
+
+
+def split(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Splits a command line at its first ``--``.
+
+    argparse cannot do it: it takes a list of open length only once, and not on both sides of
+    options.
+
+    Args:
+        arguments: After the program's name; None takes the process's own.
+
+    Returns:
+        What is the program's own, for its parser, and the flags of `alexnet_jax.main` that go to
+        every run which it starts.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    end = given.index("--") if "--" in given else len(given)
+    return given[:end], given[end + 1 :]
+
+
+def check_flags(flags: Sequence[str], taken: Sequence[str], who: str) -> None:
+    """Refuses flags that a program sets itself in the runs which it starts.
+
+    Args:
+        flags: Of `split`.
+        taken: The names of those that the program sets, such as "workdir" or "config.seed".
+        who: Sets them, for the sentence.
+
+    Raises:
+        InputError: One of the flags is taken, in any of the forms that absl knows.
+    """
+    for flag in flags:
+        given = flag.split("=", 1)[0]
+        name = given.lstrip("-")
+        if given != name and (name in taken or name.removeprefix("no") in taken):
+            raise InputError(f"{given} after -- is set by {who} itself; leave it out.")
