@@ -153,7 +153,7 @@ def predict_step(
     """
 
     def predict(images: Array) -> Array:
-        logits: Array = model.apply(state.variables, normalize(images), train=False)
+        logits: Any = model.apply(state.variables, normalize(images), train=False)
         return logits
 
     if views is None:
