@@ -658,6 +658,8 @@ def test_ctrl_c_in_a_real_process(tmp_path):
         env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
         stderr=subprocess.PIPE,
         text=True,
+        # A shell has its background jobs ignore Ctrl-C, and so would all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 30
     while not list(data_dir.glob("pets/incomplete.*")) and time.monotonic() < deadline:
