@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,7 @@ def _flag(value: Any) -> str:
     if isinstance(value, list):
         inner = ",".join(repr(item) for item in value)
         return f'"({inner}{"," * (len(value) == 1)})"'
-    return str(value)
+    return shlex.quote(str(value)) if value != "" else ""
 
 
 def _plain(value: Any) -> Any:
