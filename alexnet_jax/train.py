@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
@@ -185,7 +186,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
                         folder,
                         answers,
                         samples=data.examples(evidence.SAMPLES),
-                        augment=_augment(config, data),
+                        augment=_changed_as_in_training(config, data),
                         variables=_reported(state, config.num_seeds).variables,
                         seed=config.seed,
                     )
@@ -309,6 +310,15 @@ def _build(
 def _augment(config: ConfigDict, data: RunData) -> augment.Augment:
     colours = data.info.get("principal_colours", ())
     return augment.create_augment(config.augment, data.info["mean"], config.data.crop_size, colours)
+
+
+def _changed_as_in_training(config: ConfigDict, data: RunData) -> augment.Augment:
+    """Returns all that training does to images, for pictures of it."""
+    change = _augment(config, data)
+    if not config.augment.alternating_flip:
+        return change
+    # As in the first epoch; from one key to the next it mirrors others.
+    return lambda key, images: change(key, augment.alternating_flip(key, jnp.int32(0), images))
 
 
 def _compile_validated(
@@ -541,7 +551,7 @@ def _make_report(folder: Path) -> None:
 def _tell_results(results: dict[str, Any], folder: Path) -> None:
     """Tells how good the network is, on what, and where everything lies."""
     names = run_folder.read_json(folder / run_folder.DATASET)["class_names"]
-    tested = next(split for split in reversed(run_folder.SPLITS) if split in results)
+    tested = report.tested_split(results)
     table = report.class_table(np.array(results[tested]["confusion"]), tuple(names))
     which = "Test" if tested.startswith("test") else "Validation"
     log.info("\n%s set, class by class:\n%s\n", which, table)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import jax.numpy as jnp
@@ -514,6 +515,29 @@ def test_a_batch_that_devices_cannot_share_is_refused(config, tmp_path, monkeypa
     with pytest.raises(InputError, match=r"100, which 8 devices .* 96 or 104"):
         train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_log_and_the_report_tell_of_the_same_answers(tmp_path, caplog):
+    """Class by class: those for plain images, where several views were measured, too."""
+    (tmp_path / "dataset.json").write_text(json.dumps({"class_names": ["a", "b"]}))
+    results = {"step": 1, "epochs": 1, "train_seconds": 1.0}
+    for split, right in (("test", 3), ("test_tta", 4)):
+        confusion = [[right, 4 - right], [0, 4]]
+        results[split] = {"loss": 0.5, "accuracy": (4 + right) / 8, "confusion": confusion}
+    with caplog.at_level("INFO", "alexnet_jax"):
+        train._tell_results(results, tmp_path)
+    assert "75.0%" in caplog.text
+
+
+def test_pictures_of_training_images_are_mirrored_as_in_training():
+    config = default_config()
+    config.augment.update({"crop_padding": 0, "flip": False, "alternating_flip": True})
+    data = types.SimpleNamespace(info={"mean": (0.5,) * 3})
+    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), np.uint8)
+    seen = np.asarray(train._changed_as_in_training(config, data)(jax.random.key(0), images))
+    mirrored = (seen == images[:, :, ::-1]).all(axis=(1, 2, 3))
+    assert 16 < mirrored.sum() < 48
+    np.testing.assert_array_equal(seen[~mirrored], images[~mirrored])
 
 
 def test_a_batch_larger_than_the_data_is_refused(config, tmp_path):

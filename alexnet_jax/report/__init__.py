@@ -4,7 +4,12 @@
 puts them together. Nothing here needs the data set, and only drawing needs Matplotlib.
 """
 
-from alexnet_jax.report.measures import class_table, epoch_curves, per_class_accuracy
+from alexnet_jax.report.measures import (
+    class_table,
+    epoch_curves,
+    per_class_accuracy,
+    tested_split,
+)
 from alexnet_jax.report.page import plot_curves, write_comparison, write_report
 
 __all__ = [
@@ -12,6 +17,7 @@ __all__ = [
     "epoch_curves",
     "per_class_accuracy",
     "plot_curves",
+    "tested_split",
     "write_comparison",
     "write_report",
 ]
