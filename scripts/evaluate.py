@@ -107,7 +107,10 @@ def _report(network: "Network", evaluation: "Evaluation") -> dict[str, Any]:
 
 
 def _describe(network: "Network", evaluation: "Evaluation") -> str:
-    """Writes the figures for a person; class by class those of the averaged weights, if kept."""
+    """Writes the figures for a person; class by class as the report has them.
+
+    That is, of plain images, and of the averaged weights, if these are kept.
+    """
     from alexnet_jax.report import class_table
 
     lines = [
@@ -121,7 +124,7 @@ def _describe(network: "Network", evaluation: "Evaluation") -> str:
         lines.append(
             f"{weights:<23}  loss {result['loss']:.4f}  accuracy {100 * result['accuracy']:.2f}%"
         )
-    *_, (name, judged) = evaluation.results.items()
+    *_, (name, judged) = (each for each in evaluation.results.items() if "_tta" not in each[0])
     of = ", of the averaged weights" if name.endswith("_ema") else ""
     lines += ["", f"Class by class{of}:", class_table(judged["confusion"], network.class_names)]
     if len(network.class_names) <= _MOST_CLASSES:

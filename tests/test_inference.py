@@ -423,6 +423,10 @@ def test_the_evaluation_program(run, network, tmp_path, capsys):
     table = capsys.readouterr().out
     assert f"accuracy {100 * right['test_ema']['accuracy']:.2f}%" in table
     assert "most often taken for" in table
+    assert evaluate_script.main([str(run), "--views=flip"]) == 0
+    with_views = capsys.readouterr().out
+    assert "views" in with_views
+    assert with_views.partition("Class by class")[1:] == table.partition("Class by class")[1:]
     assert evaluate_script.main([str(run), "--json=-"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures == json.loads(file.read_text())
