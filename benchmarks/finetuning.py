@@ -2,7 +2,7 @@
 
 python benchmarks/finetuning.py --name=cifar10_jpeg
 
-A network is trained on the other five classes (25,000 images), and is then what runs on these begin
+A network is trained on the other five classes (22,500 images), and is then what runs on these begin
 with, beside runs from scratch. The same command goes on where it was stopped. The table goes to
 WORKDIR/table.md, too.
 """
