@@ -650,6 +650,15 @@ def test_an_unwritable_folder_is_an_error(tmp_path):
         prepare.prepare_path(path, data_dir=str(tmp_path / "file"))
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """A shell has its background jobs ignore Ctrl-C, and so would all that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_in_a_real_process(tmp_path):
     path = write_folder(tmp_path / "pets", tree_files(count=5000))
     data_dir = tmp_path / "tfds"
@@ -658,8 +667,6 @@ def test_ctrl_c_in_a_real_process(tmp_path):
         env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
         stderr=subprocess.PIPE,
         text=True,
-        # A shell has its background jobs ignore Ctrl-C, and so would all that they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 30
     while not list(data_dir.glob("pets/incomplete.*")) and time.monotonic() < deadline:
