@@ -178,13 +178,13 @@ class Checkpoints:
             log.warning("%s", error)
 
     def restore(
-        self, template: TrainState, sharding: Sharding
+        self, template: Callable[[], TrainState], sharding: Sharding
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """Reads the newest checkpoint that is undamaged, and says which others are not.
 
         Args:
-            template: A state of the right structure, shapes and dtypes; its values are not used,
-                and its arrays may be ShapeDtypeStructs.
+            template: Returns a state of the right structure, shapes and dtypes, if there is a
+                checkpoint; its values are not used, and its arrays may be ShapeDtypeStructs.
             sharding: Where the arrays are to lie.
 
         Returns:
@@ -206,7 +206,7 @@ class Checkpoints:
                 log.warning("checkpoint %d is gone; trying %d.", known, steps[0])
         for step in steps:
             try:
-                found = self._restore_step(step, template, sharding)
+                found = self._restore_step(step, template(), sharding)
             except InputError:
                 raise
             except Exception as error:  # whatever damage makes Orbax and TensorStore raise

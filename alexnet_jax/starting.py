@@ -46,8 +46,6 @@ class Start:
         Raises:
             InputError: Anything but what begins anew is of another shape, or not in both.
         """
-        if not self.variables:
-            return {}
         names = [_named(tree) for tree in (self.variables, blank)]
         for pattern in self.anew:
             if not any(fnmatchcase(name, pattern) for name in names[1].values()):

@@ -138,13 +138,6 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     model = create_model(config.model, num_classes=len(data.info["class_names"]), ops=chosen)
     schedule = create_schedule(config.optimizer, steps_per_epoch, config.train.epochs)
     programs = _build(config, model, schedule, data, mesh)
-    description = describe(model, _input_shape(config))
-    log.info("%s", description)
-    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    with processes.together():
-        if first:
-            evidence.write_environment(folder, str(description), devices, jax.process_count())
-
     with ExitStack() as closing_all:
         checkpoints = closing_all.enter_context(
             closing(Checkpoints(folder / run_folder.CHECKPOINTS))
@@ -156,6 +149,13 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         if "whitening" in state.model_state:  # measured by each process for itself
             measured = checksums.fingerprints(state.model_state["whitening"])
             processes.same_everywhere(measured, "the whitening of the images")
+        shapes = _shapes_of_one(config, state).variables
+        description = describe(model, shapes, _input_shape(config))
+        log.info("%s", description)
+        with processes.together():
+            if first:
+                devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+                evidence.write_environment(folder, str(description), devices, jax.process_count())
         log.info(
             "Training on %s images, %s steps of %d an epoch, %d epochs, on %d %s%s.",
             f"{data.train_size:,}",
@@ -344,19 +344,27 @@ def _restore_or_create(
     mesh: Mesh,
 ) -> tuple[TrainState, dict[str, Any]]:
     # The shapes say all that a restore needs, so nothing is initialised in vain.
-    blank = jax.eval_shape(programs.create)
+    blank = functools.cache(lambda: jax.eval_shape(programs.create))
     restored = checkpoints.restore(blank, programs.placement)
     if restored is None:
         create = functools.partial(programs.create, fixed=programs.fixed())
-        shapes = blank.variables
-        if config.num_seeds > 1:
-            shapes = jax.eval_shape(lambda variables: replicas.pick(variables, 0), shapes)
-        # As an argument, since what a compiled function closes over becomes a part of it.
-        begin = parallel.place(start.fitting(shapes), parallel.replicated(mesh))
+        begin = {}
+        if start.variables:
+            shapes = _shapes_of_one(config, blank()).variables
+            # As an argument, since what a compiled function closes over becomes a part of it.
+            begin = parallel.place(start.fitting(shapes), parallel.replicated(mesh))
         created = jax.jit(create, out_shardings=programs.placement)(begin=begin)
         return created, {"train_seconds": 0.0}
     log.info("Going on from step %s.", f"{restored[0].steps_taken:,}")
     return restored
+
+
+def _shapes_of_one(config: ConfigDict, state: TrainState) -> TrainState:
+    """Returns the shapes in the state of a single seed."""
+    if config.num_seeds == 1:
+        return state
+    shapes: TrainState = jax.eval_shape(lambda state: replicas.pick(state, 0), state)
+    return shapes
 
 
 def _loop(

@@ -257,9 +257,8 @@ def checkpoint(options: argparse.Namespace) -> dict[str, Any]:
             checkpoints.finish()
             whole.append(time.perf_counter() - started)
             started = time.perf_counter()
-            shapes = jax.eval_shape(create)
             place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            jax.block_until_ready(checkpoints.restore(shapes, place))
+            jax.block_until_ready(checkpoints.restore(lambda: jax.eval_shape(create), place))
             restored.append(time.perf_counter() - started)
             checkpoints.close()
     found = {

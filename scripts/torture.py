@@ -392,7 +392,7 @@ def torture_by_damage(tries: int, rng: random.Random, folder: Path) -> dict[str,
         """Says what is restored: "10", "20", "refused", or what is wrong."""
         checkpoints = Checkpoints(copy / "checkpoints")
         try:
-            found = checkpoints.restore(states[10], everywhere)
+            found = checkpoints.restore(lambda: states[10], everywhere)
             if found is None:
                 return "began anew"
             values = content(found[0])

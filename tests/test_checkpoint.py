@@ -145,7 +145,7 @@ def test_comes_back_bit_for_bit(open_checkpoints, ema):
     state = make_state(3, ema=ema)
     save(open_checkpoints(), 3, ema=ema)
     template = jax.eval_shape(lambda: make_state(0, ema=ema))
-    restored, progress = open_checkpoints().restore(template, ALL)
+    restored, progress = open_checkpoints().restore(lambda: template, ALL)
     assert_same(restored, state)
     assert progress == PROGRESS
     np.testing.assert_array_equal(
@@ -158,7 +158,7 @@ def test_comes_back_bit_for_bit(open_checkpoints, ema):
 def test_goes_on_with_another_number_of_devices(open_checkpoints, before, after):
     save(open_checkpoints(), 3, devices=before)
     sharding = parallel.replicated(parallel.make_mesh(jax.devices()[:after]))
-    restored, _ = open_checkpoints().restore(make_state(), sharding)
+    restored, _ = open_checkpoints().restore(make_state, sharding)
     assert_same(restored, make_state(3))
     for leaf in jax.tree.leaves(restored.replace(key=())):
         assert leaf.sharding == sharding
@@ -166,13 +166,13 @@ def test_goes_on_with_another_number_of_devices(open_checkpoints, before, after)
 
 def test_the_key_lies_with_the_rest(open_checkpoints):
     save(open_checkpoints(), 3, devices=1)
-    restored, _ = open_checkpoints().restore(make_state(), ALL)
+    restored, _ = open_checkpoints().restore(make_state, ALL)
     assert restored.key.sharding.device_set == set(jax.devices())
 
 
 def test_none_where_nothing_was_saved(open_checkpoints):
     checkpoints = open_checkpoints()
-    assert checkpoints.restore(make_state(), ALL) is None
+    assert checkpoints.restore(make_state, ALL) is None
     assert checkpoints.best_step is None
 
 
@@ -225,7 +225,7 @@ def test_refuses_another_network_or_optimizer(
     open_checkpoints, one_and_two, tmp_path, other, message
 ):
     with pytest.raises(InputError, match=message):
-        open_checkpoints().restore(make_state(**other), ALL)
+        open_checkpoints().restore(lambda: make_state(**other), ALL)
     assert on_disk(tmp_path) == [1, 2]
 
 
@@ -244,11 +244,11 @@ def test_the_one_before_stands_in_for_a_damaged_one(
     damage(tmp_path / "checkpoints" / "2", how)
     checkpoints = open_checkpoints()
     with caplog.at_level(logging.WARNING, "alexnet_jax"):
-        restored, _ = checkpoints.restore(make_state(), ALL)
+        restored, _ = checkpoints.restore(make_state, ALL)
     assert_same(restored, make_state(1))
     assert f"checkpoint 2 is {'gone' if how == 'gone' else 'damaged'}" in caplog.text
     save(checkpoints, 2)  # the run comes to that step again
-    restored, _ = open_checkpoints().restore(make_state(), ALL)
+    restored, _ = open_checkpoints().restore(make_state, ALL)
     assert_same(restored, make_state(2))
     gc.collect()
 
@@ -260,7 +260,7 @@ def test_nothing_is_lost_or_begun_anew_when_all_are_damaged(
     for step in ("1", "2"):
         damage(tmp_path / "checkpoints" / step, "truncated")
     with pytest.raises(InputError, match=r"none of the checkpoints in .* can be read"):
-        open_checkpoints().restore(make_state(), ALL)
+        open_checkpoints().restore(make_state, ALL)
     assert on_disk(tmp_path) == [1, 2]
     gc.collect()
 
@@ -296,7 +296,7 @@ def test_checksums_say_what_is_damaged(
     open_checkpoints, one_and_two, tmp_path, caplog, change, says
 ):
     rewrite(tmp_path / "checkpoints" / "2", change)
-    restored, _ = open_checkpoints().restore(make_state(), ALL)
+    restored, _ = open_checkpoints().restore(make_state, ALL)
     assert_same(restored, make_state(1))
     assert re.search(rf"checkpoint 2 is damaged \(.*{says}", caplog.text)
 
@@ -309,7 +309,7 @@ def test_every_array_is_protected(open_checkpoints, one_and_two, tmp_path):
         shutil.rmtree(checkpoints / "2" / item)
         shutil.copytree(checkpoints / "1" / item, checkpoints / "2" / item)
         open_one = open_checkpoints()
-        restored, _ = open_one.restore(make_state(), ALL)
+        restored, _ = open_one.restore(make_state, ALL)
         assert_same(restored, make_state(1))
         save(open_one, 2)
 
@@ -317,17 +317,17 @@ def test_every_array_is_protected(open_checkpoints, one_and_two, tmp_path):
 def test_one_without_checksums_is_used_with_a_warning(open_checkpoints, tmp_path, caplog):
     save(open_checkpoints(), 1)
     rewrite(tmp_path / "checkpoints" / "1", lambda content: content["progress"])
-    restored, progress = open_checkpoints().restore(make_state(), ALL)
+    restored, progress = open_checkpoints().restore(make_state, ALL)
     assert_same(restored, make_state(1))
     assert progress == PROGRESS
     assert "checkpoint 1 is of an earlier version and has no checksums" in caplog.text
     with pytest.raises(InputError, match=r"params/fc/bias is float32\[3\] there and bfloat16"):
-        open_checkpoints().restore(make_state(dtype=jnp.bfloat16), ALL)
+        open_checkpoints().restore(lambda: make_state(dtype=jnp.bfloat16), ALL)
 
 
 def test_bfloat16_comes_back(open_checkpoints):
     save(open_checkpoints(), 1, dtype=jnp.bfloat16)
-    restored, _ = open_checkpoints().restore(make_state(dtype=jnp.bfloat16), ALL)
+    restored, _ = open_checkpoints().restore(lambda: make_state(dtype=jnp.bfloat16), ALL)
     assert_same(restored, make_state(1, dtype=jnp.bfloat16))
 
 
@@ -346,7 +346,7 @@ def test_all_gone_is_no_new_run(open_checkpoints, one_and_two, tmp_path, lost):
     for path in tmp_path.glob(lost):
         shutil.rmtree(path)
     with pytest.raises(InputError, match=r"checkpoints is empty, and held step 2 of this run"):
-        open_checkpoints().restore(make_state(), ALL)
+        open_checkpoints().restore(make_state, ALL)
 
 
 def test_what_a_kill_left_half_written_goes_away(open_checkpoints, tmp_path):
@@ -354,7 +354,7 @@ def test_what_a_kill_left_half_written_goes_away(open_checkpoints, tmp_path):
     stale = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "1", stale)
     checkpoints = open_checkpoints()
-    restored, _ = checkpoints.restore(make_state(), ALL)
+    restored, _ = checkpoints.restore(make_state, ALL)
     assert_same(restored, make_state(1))
     assert not stale.exists()
     save(checkpoints, 2)
@@ -376,7 +376,7 @@ def test_a_state_may_be_donated_while_it_is_being_saved(open_checkpoints):
     for _ in range(5):
         state = update(state)
     checkpoints.finish()
-    restored, _ = open_checkpoints().restore(make_state(width=250_000), ALL)
+    restored, _ = open_checkpoints().restore(lambda: make_state(width=250_000), ALL)
     found = values(restored)
     for path in expected:
         np.testing.assert_array_equal(found[path], expected[path], err_msg=path)
@@ -471,7 +471,7 @@ def test_a_save_that_fails_is_said_and_the_next_stands_in(
     save(checkpoints, 5)
     assert "Checkpoint 5 is saved; all is well again." in caplog.text
     assert on_disk(tmp_path) == [2, 5]
-    restored, _ = open_checkpoints().restore(make_state(), ALL)
+    restored, _ = open_checkpoints().restore(make_state, ALL)
     assert_same(restored, make_state(5))
 
 
@@ -486,7 +486,7 @@ def test_the_last_save_is_tried_again(open_checkpoints, monkeypatch, trouble):
         checkpoints._settle()
         monkeypatch.setattr(checkpoint.time, "sleep", lambda _: stack.close())  # there is room
         checkpoints.finish()
-    restored, _ = open_checkpoints().restore(make_state(), ALL)
+    restored, _ = open_checkpoints().restore(make_state, ALL)
     assert_same(restored, make_state(2))
 
 

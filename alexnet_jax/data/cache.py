@@ -2,11 +2,16 @@
 
 import json
 import logging
+import math
+import mmap
 import os
 import re
 import shutil
+import struct
 import tempfile
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +52,8 @@ def decoded(source: Source) -> tuple[np.ndarray, np.ndarray]:
 def kept(source: Source, name: str, compute: Callable[[], Arrays], **options: Any) -> Arrays:
     """Returns what `compute` does, from a file beside the prepared set where there is a right one.
 
-    A file that is damaged (zip's checksums tell), or was computed from other data files, with other
+    Arrays of a file are mapped into memory, and read-only. A file that is damaged (its checksums
+    tell), or was computed from other data files, with other
     options or by another Pillow is computed anew, and written whole or not at all. Where it cannot
     be written, the run goes on without.
 
@@ -71,15 +77,39 @@ def kept(source: Source, name: str, compute: Callable[[], Arrays], **options: An
 
 def _read(path: Path, key: str) -> Arrays | None:
     try:
-        # Opened here, as NumPy leaves what is no zip file open.
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            # Checked first: another key tells that the rest is of no use.
-            return {n: file[n] for n in file.files if n != "key"} if file["key"] == key else None
+        arrays = _mapped(path)
     except FileNotFoundError:
         return None
     except Exception as error:  # Whatever damage makes zipfile and NumPy raise.
         log.info("%s is damaged (%s); computing it anew.", path, error)
         return None
+    return arrays if arrays.pop("key") == key else None
+
+
+def _mapped(path: Path) -> Arrays:
+    """Returns the arrays of a file that `numpy.savez` wrote, after a look at its checksums.
+
+    They stay in the file, of which the system keeps a copy in memory anyway: to copy 150 MB into
+    memory that is new to the process took a virtual machine 0.6 s, and the checksums 0.07 s.
+    """
+    arrays = {}
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        for member in archive.infolist():
+            # The header in front of the member repeats its name, and may hold other extras than
+            # the directory at the end.
+            name, extra = struct.unpack_from("<HH", whole, member.header_offset + 26)
+            start = member.header_offset + 30 + name + extra
+            if zlib.crc32(whole[start : start + member.file_size]) != member.CRC:
+                raise ValueError(f"{member.filename} does not agree with its checksum")
+            file.seek(start)
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise ValueError(f"{member.filename} is of the unknown format {version}")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            array = np.frombuffer(whole, dtype, math.prod(shape), file.tell())
+            arrays[member.filename.removesuffix(".npy")] = array.reshape(shape)
+    return arrays
 
 
 def _write(path: Path, key: str, arrays: Arrays) -> None:

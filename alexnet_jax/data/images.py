@@ -142,11 +142,17 @@ def read_square(path: Path, size: int) -> np.ndarray:
         return decode(data, size)
 
 
-def count_values(images: np.ndarray) -> np.ndarray:
-    """Counts how often each value occurs in each channel of uint8[N, H, W, 3]: int64[3, 256]."""
+def count_values(images: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
+    """Counts how often each value occurs in each channel: int64[3, 256].
+
+    Args:
+        images: uint8[N, H, W, 3].
+        chosen: int[M], which of them count; None: all.
+    """
+    chosen = np.arange(len(images)) if chosen is None else chosen
     counts = np.zeros(3 * 256, np.int64)
-    for start in range(0, len(images), 256):  # Small enough for the processor's cache.
-        block = images[start : start + 256]
+    for start in range(0, len(chosen), 256):  # Small enough for the processor's cache.
+        block = images[chosen[start : start + 256]]
         counts += Image.fromarray(block.reshape(-1, block.shape[2], 3)).histogram()
     return counts.reshape(3, 256)
 

@@ -6,11 +6,13 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -41,14 +43,21 @@ class ResidentDataset:
     """Images to train on, on every device.
 
     Attributes:
-        arrays: image uint8[N, S, S, 3] and label int32[N].
+        placing: Gives `arrays` once they are there.
+        size: N.
         batch_size: B, images in each batch, over all processes.
         mesh: The devices.
     """
 
-    arrays: batches.Dataset
+    placing: Future[batches.Dataset]
+    size: int
     batch_size: int
     mesh: Mesh
+
+    @property
+    def arrays(self) -> batches.Dataset:
+        """The images uint8[N, S, S, 3] as `image`, and `label` int32[N]."""
+        return self.placing.result()
 
     def feed(self, key: Array, step: int) -> AbstractContextManager[Callable[[int], Any]]:
         """Opens what `steps.train_steps` takes: all images, and the order of a step's epoch.
@@ -57,8 +66,7 @@ class ResidentDataset:
             key: Of `batches.epoch_order`, or keys[R] of replicas, whose orders are int32[R, N].
             step: Where the run stands; any other may be asked for, too.
         """
-        size = len(self.arrays["label"])
-        one = functools.partial(batches.epoch_order, size=size)
+        one = functools.partial(batches.epoch_order, size=self.size)
         order = parallel.compile_reading(
             jax.vmap(one, in_axes=(0, None)) if key.ndim else one, self.mesh
         )
@@ -67,7 +75,7 @@ class ResidentDataset:
         def in_epoch(epoch: int) -> batches.Dataset:
             return self.arrays | {"order": order(key, np.int32(epoch))}
 
-        return nullcontext(lambda step: in_epoch(step // (size // self.batch_size)))
+        return nullcontext(lambda step: in_epoch(step // (self.size // self.batch_size)))
 
 
 class RunData(NamedTuple):
@@ -96,7 +104,8 @@ class RunData(NamedTuple):
         chosen = _evenly_spaced(self.train_size, count)
         if isinstance(self.train, StreamedDataset):
             return self.train.source.read(self.train.indices[chosen])[0]
-        return np.asarray(self.train.arrays["image"].addressable_data(0)[chosen])
+        images = self.train.arrays["image"].addressable_data(0)
+        return np.asarray(jnp.take(images, chosen, axis=0, mode="clip"))
 
 
 def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
@@ -136,15 +145,15 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     validation: list[batches.Batch] | StreamedBatches
     measure_on = functools.partial(_measure_on, config.data, config.train.eval_batch_size, mesh)
     if resident:
-        host = {"image": images[first], "label": labels[first]}
-        counts = count_values(host["image"] if len(sample) == len(first) else images[sample])
+        # In the background, since to fill so much new memory can take long (`cache._mapped`).
+        thread = ThreadPoolExecutor(1)
+        placing = thread.submit(_place_some, images, labels, first, mesh)
+        thread.shutdown(wait=False)
+        counts = count_values(images, sample)
         validation = place_batches(
             images[second], labels[second], config.train.eval_batch_size, mesh
         )
-        del images
-        train = ResidentDataset(
-            parallel.place(host, parallel.replicated(mesh)), config.train.batch_size, mesh
-        )
+        train = ResidentDataset(placing, len(first), config.train.batch_size, mesh)
     else:
         counts = _count_streamed(source, sample, config.data)
         validation = measure_on(source, second)
@@ -273,6 +282,14 @@ def _labels(source: Source, validation_fraction: float) -> np.ndarray:
     if not validation_fraction:  # no one asks for them
         return np.zeros(len(source), np.int32)
     return cache.kept(source, "labels", lambda: {"labels": source.read_labels()})["labels"]
+
+
+def _place_some(
+    images: np.ndarray, labels: np.ndarray, chosen: np.ndarray, mesh: Mesh
+) -> batches.Dataset:
+    host = {"image": images[chosen], "label": labels[chosen]}
+    placed: batches.Dataset = parallel.place(host, parallel.replicated(mesh))
+    return placed
 
 
 def _evenly_spaced(size: int, most: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -145,15 +145,17 @@ class Description(NamedTuple):
         )
 
 
-def describe(model: nn.Module, image_shape: tuple[int, ...]) -> Description:
+def describe(
+    model: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, ...]
+) -> Description:
     """Lays out the parameters, and counts the FLOPs.
 
     Args:
         model: A network.
+        variables: Its own; their shapes suffice.
         image_shape: (H, W, C) of one image.
     """
     images = jnp.zeros((1, *image_shape))
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
     plain = model.clone(ops=PLAIN)  # the same number whatever computes it
     forward = jax.jit(lambda variables: plain.apply(variables, images, train=False))
     cost = forward.lower(variables).cost_analysis() or {}

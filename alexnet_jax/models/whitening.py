@@ -8,7 +8,6 @@ root of its eigenvalue and taken with both signs, are the kernels of a frozen co
 import numpy as np
 from flax import linen as nn
 from jax import Array
-from numpy.lib.stride_tricks import sliding_window_view
 
 from alexnet_jax.ops import Ops
 
@@ -80,18 +79,23 @@ def whitening_kernels(
         eigenvalue, the normalised patches have no correlation, and unit variance but for
         `EPSILON`; the second half is its negative.
     """
-    channels = images.shape[-1]
+    height, width, channels = images.shape[1:]
     size = side**2 * channels
     # Sums of products of whole numbers below 2^53, which float64 holds exactly: the same in
     # whatever order, on every machine and process.
     count, sums, products = 0, np.zeros(size), np.zeros((size, size))
-    for start in range(0, len(images), 256):
-        windows = sliding_window_view(images[start : start + 256], (side, side), axis=(1, 2))
-        # [n, h, w, C, k, k] to rows of (k, k, C), the order of a kernel's dimensions.
-        patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, size).astype(np.float64)
-        count += len(patches)
-        sums += patches.sum(0)
-        products += patches.T @ patches
+    for start in range(0, len(images), 16):  # Small enough for the processor's cache.
+        planes = np.ascontiguousarray(images[start : start + 16].transpose(3, 0, 1, 2))
+        planes = planes.astype(np.float64)
+        # A row for each place in a patch, in the order of a kernel's dimensions.
+        rows = [
+            planes[channel, :, i : i + height - side + 1, j : j + width - side + 1].ravel()
+            for i, j, channel in np.ndindex(side, side, channels)
+        ]
+        patches = np.stack(rows)
+        count += patches.shape[1]
+        sums += patches.sum(1)
+        products += patches @ patches.T
     # Second moments of (x / 255 - mean) / deviation.
     scale = np.tile(1 / (255 * np.array(deviation)), side**2)
     shift = np.tile(-np.array(mean) / np.array(deviation), side**2)
