@@ -7,13 +7,16 @@ import logging
 import shlex
 import sys
 
-from alexnet_jax import command_line, processes, programs, runtime, writers
+from alexnet_jax import programs
 from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
 
 
 @programs.entry_point()
 def run() -> int:
     """Runs what the command line asks for, and returns the exit code."""
+    # Imports take seconds: here Ctrl-C ends them as it ends the rest.
+    from alexnet_jax import command_line, processes, runtime, writers
+
     again = shlex.join(["python", "-m", "alexnet_jax.main", *sys.argv[1:]])
     process = 0  # the first speaks for all
     try:

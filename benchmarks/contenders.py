@@ -7,6 +7,7 @@ Five 3x3 convolutions with 64, 192, 384, 256, 256 channels, pooling after 1, 2 a
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,12 +50,11 @@ def ours(dtype: str = "float32", cpu_kernels: str = "auto") -> Build:
     return _ours(config, optax.adam(1e-4))
 
 
-def default_config_alone() -> Build:
-    """As `ours`, of the network and optimizer of configs/cifar10.py, without its augmentation."""
-    from alexnet_jax import optimizers
-    from configs import cifar10
+def config_alone(path: str) -> Build:
+    """As `ours`, of the network and optimizer of a config file, without its augmentation."""
+    from alexnet_jax import command_line, optimizers
 
-    config = cifar10.get_config()
+    config = command_line.load_config(str(Path(__file__).parents[1] / path))
     schedule = optimizers.create_schedule(config.optimizer, 390, config.train.epochs)
     return _ours(config, optimizers.create_optimizer(config.optimizer, schedule))
 
@@ -113,7 +113,6 @@ def pytorch(
     from torch import nn
 
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     layers: list[nn.Module] = []
     before = 3
     for after, pool in zip(CHANNELS, POOLS, strict=True):
@@ -125,10 +124,57 @@ def pytorch(
     for width in HIDDEN:
         layers += [nn.Dropout(), nn.Linear(before, width), nn.ReLU()]
         before = width
-    network: Any = nn.Sequential(*layers, nn.Linear(before, CLASSES)).to(device)
+    network = nn.Sequential(*layers, nn.Linear(before, CLASSES))
+    return _in_pytorch(
+        network,
+        lambda parameters: torch.optim.Adam(parameters, 1e-4, fused=fused or None),
+        bfloat16=bfloat16,
+        channels_last=channels_last,
+        compiled=compiled,
+    )
+
+
+def pytorch_airbench() -> Build:
+    """Returns what builds the network of cifar10-airbench94 (Jordan, 2024), with its plain SGD.
+
+    A frozen 2x2 convolution to 24 channels, three blocks of two 3x3 convolutions (64, 256, 256
+    channels) with pooling between them, batch normalisation and GELU, and a linear layer.
+    """
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 24, 2), nn.GELU()]
+    layers[0].requires_grad_(False)
+    before = 24
+    for after in (64, 256, 256):
+        for channels, pool in ((before, [nn.MaxPool2d(2)]), (after, [])):
+            layers += [nn.Conv2d(channels, after, 3, padding=1, bias=False), *pool]
+            layers += [nn.BatchNorm2d(after, momentum=0.4), nn.GELU()]
+        before = after
+    layers += [nn.MaxPool2d(3), nn.Flatten(), nn.Linear(before, CLASSES, bias=False)]
+    return _in_pytorch(
+        nn.Sequential(*layers),
+        lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.85, nesterov=True),
+        channels_last=True,
+    )
+
+
+def _in_pytorch(
+    network: Any,
+    create_optimizer: Callable[[Any], Any],
+    *,
+    bfloat16: bool = False,
+    channels_last: bool = False,
+    compiled: bool = False,
+) -> Build:
+    import torch
+    from torch import nn
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    network = network.to(memory_format=layout)
-    optimizer = torch.optim.Adam(network.parameters(), 1e-4, fused=fused or None)
+    network = network.to(device).to(memory_format=layout)
+    optimizer = create_optimizer([each for each in network.parameters() if each.requires_grad])
     forward = torch.compile(network) if compiled else network
 
     def wait(result: Any) -> None:
@@ -175,8 +221,14 @@ CONTENDERS: dict[str, Callable[[], Build]] = {
     ),
 }
 
-# Of another network than the contenders', to compare whole epochs with.
-DEFAULT_CONFIG = "configs/cifar10.py"
+# Of other networks than the contenders', to compare whole epochs with.
+DEFAULT_CONFIG, FAST_CONFIG = (f"configs/{name}.py" for name in ("cifar10", "cifar10_fast"))
+AIRBENCH = "PyTorch float32, airbench94"
+OTHERS: dict[str, Callable[[], Build]] = {
+    DEFAULT_CONFIG: functools.partial(config_alone, DEFAULT_CONFIG),
+    FAST_CONFIG: functools.partial(config_alone, FAST_CONFIG),
+    AIRBENCH: pytorch_airbench,
+}
 
 
 def serve(connection: Any, name: str) -> None:
@@ -186,7 +238,7 @@ def serve(connection: Any, name: str) -> None:
     a sentence where it cannot be had.
     """
     try:
-        build = (CONTENDERS | {DEFAULT_CONFIG: default_config_alone})[name]()
+        build = (CONTENDERS | OTHERS)[name]()
     except Exception as error:
         build, broken = None, _first_line(error)
     ready: dict[tuple[str, int], Timed] = {}

@@ -29,7 +29,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.contenders import CONTENDERS, DEFAULT_CONFIG, serve  # noqa: E402  (the path comes first)
+from benchmarks.contenders import (  # noqa: E402  (the path comes first)
+    AIRBENCH,
+    CONTENDERS,
+    DEFAULT_CONFIG,
+    FAST_CONFIG,
+    serve,
+)
 
 MAIN = [sys.executable, "-m", "alexnet_jax.main"]
 STEPS_ALONE_SECONDS = 20.0
@@ -143,6 +149,29 @@ def train_step(options: argparse.Namespace) -> dict[str, Any]:
 def inference(options: argparse.Namespace) -> dict[str, Any]:
     """The forward pass alone."""
     return {str(size): take_turns("infer", size, options) for size in (1, 128, 1000)}
+
+
+def recipes(options: argparse.Namespace) -> dict[str, Any]:
+    """What an epoch of 50,000 images takes with the fast recipe, and with those it is held against.
+
+    How many epochs each needs is another question (docs/results.md). Steps alone: without reading
+    and changing images. PyTorch's classic recipe is the reference network with Adam.
+    """
+    sizes = {FAST_CONFIG: 256, AIRBENCH: 500, "PyTorch float32, channels_last": 128}
+    contenders = {name: Contender(name) for name in sizes}
+    rates: dict[str, list[float]] = {name: [] for name in sizes}
+    for _, (name, contender) in itertools.product(range(options.rounds), contenders.items()):
+        seconds = contender.time("train", sizes[name], options.seconds)
+        if isinstance(seconds, str):
+            raise SystemExit(f"{name}: {seconds}")
+        rates[name].append(sizes[name] / statistics.median(seconds))
+    found = {}
+    for name, contender in contenders.items():
+        contender.close()
+        rate = statistics.median(rates[name])
+        found[name] = {"images_per_second": rate, "range": [min(rates[name]), max(rates[name])]}
+        print(f"{name}: {rate:.0f} images/s, {50_000 / rate:.0f} s an epoch; {found[name]}")
+    return found
 
 
 def epoch(options: argparse.Namespace) -> dict[str, Any]:
@@ -342,6 +371,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         machine,
         train_step,
         inference,
+        recipes,
         epoch,
         startup,
         memory,

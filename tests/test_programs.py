@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_jax import main, processes, programs, runtime, train
+from alexnet_jax import command_line, main, processes, programs, runtime, train, writers
 from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
 
 ROOT = Path(__file__).parents[1]
@@ -162,8 +162,8 @@ def test_of_many_processes_the_first_says_how_training_ended(
 
     flags = processes.Flags("localhost:1234", 2, process)
     monkeypatch.setattr(sys, "argv", ["main.py", "--x"])
-    monkeypatch.setattr(main.command_line, "parse", lambda _: (None, None, flags))
-    monkeypatch.setattr(main.writers, "log_to_terminal", lambda **_: None)
+    monkeypatch.setattr(command_line, "parse", lambda _: (None, None, flags))
+    monkeypatch.setattr(writers, "log_to_terminal", lambda **_: None)
     monkeypatch.setattr(runtime, "prepare", lambda: ())
     monkeypatch.setattr(processes, "joined", lambda _: contextlib.nullcontext(process))
     monkeypatch.setattr(train, "train_and_evaluate", fail)
@@ -178,7 +178,7 @@ def test_training_that_is_stopped_at_once_says_how_to_go_on(monkeypatch, capsys)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "argv", ["main.py", "--config=a b.py"])
-    monkeypatch.setattr(main.command_line, "parse", interrupt)
+    monkeypatch.setattr(command_line, "parse", interrupt)
     assert main.run() == 130
     assert capsys.readouterr().err.endswith("\n  python -m alexnet_jax.main '--config=a b.py'\n")
 

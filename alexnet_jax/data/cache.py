@@ -83,7 +83,7 @@ def _read(path: Path, key: str) -> Arrays | None:
     except Exception as error:  # Whatever damage makes zipfile and NumPy raise.
         log.info("%s is damaged (%s); computing it anew.", path, error)
         return None
-    return arrays if arrays.pop("key") == key else None
+    return arrays if arrays.pop("key", None) == key else None
 
 
 def _mapped(path: Path) -> Arrays:
