@@ -38,7 +38,6 @@ from benchmarks.contenders import (  # noqa: E402  (the path comes first)
 )
 
 MAIN = [sys.executable, "-m", "alexnet_jax.main"]
-STEPS_ALONE_SECONDS = 20.0
 FLOPS_FORWARD = 400.3e6  # of the reference network, an image; a training step has three times that
 
 
@@ -175,35 +174,76 @@ def recipes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def epoch(options: argparse.Namespace) -> dict[str, Any]:
-    """An epoch of the default network through the main program, beside its steps alone.
+    """Epochs of the default network through the main program, beside its steps alone.
 
-    Two runs differ by an epoch; what the second takes longer is what an epoch costs, with its data,
-    augmentation, metrics, log and saving, and without start-up or evaluation. The steps alone are
-    of one batch that is there, and of the same process before and after.
+    The two take turns of a few seconds, one of them stopped while the other computes, since this
+    is about less than a machine's speed changes in a minute. Of the run, the second and third
+    epoch are timed: with their data, augmentation, metrics, log and saving, and without start-up
+    or evaluation. The steps alone are of one batch that is there.
     """
     size, steps = 128, options.epoch_steps
     command = [*_data(options, size * steps), "--config.data.validation_fraction=0.0"]
-    # The program is compiled, and the split decoded, before anything is timed.
-    _run([*command, "--config.train.epochs=1"])
     contender = Contender(DEFAULT_CONFIG)
+    alone: list[float] = []
 
-    def alone() -> float:
-        seconds = contender.time("train", size, STEPS_ALONE_SECONDS)
+    def turn() -> None:
+        seconds = contender.time("train", size, options.seconds)
         if isinstance(seconds, str):
             raise SystemExit(seconds)
-        return statistics.median(seconds)
+        alone.extend(seconds)
 
-    rounds = []
-    for _ in range(options.rounds):
-        before = alone()
-        short, long = (
-            _run([*command, f"--config.train.epochs={n}"])["train_seconds"] for n in (1, 2)
-        )
-        rounds.append((long - short) / (steps * (before + alone()) / 2))
-        print(f"an epoch takes {rounds[-1]:.3f} times as long as its {steps} steps alone")
+    turn()  # compiles; so does the run's first epoch
+    alone.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["--config.train.epochs=3", f"--workdir={folder}/run"]
+        metrics = Path(folder, "run", "metrics.jsonl")
+        with subprocess.Popen(
+            [*MAIN, *command], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+        ) as process:
+            try:
+                _wait_for_step(metrics, steps, process)
+                running, started = 0.0, time.perf_counter()
+                while not _wait_for_step(metrics, 3 * steps, process, options.seconds):
+                    os.killpg(process.pid, signal.SIGSTOP)  # with the process for TensorBoard
+                    running += time.perf_counter() - started
+                    turn()
+                    os.killpg(process.pid, signal.SIGCONT)
+                    started = time.perf_counter()
+                running += time.perf_counter() - started
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
     contender.close()
-    print(f"median: {statistics.median(rounds):.3f}")
-    return {"steps": steps, "epoch_over_steps": rounds, "median": statistics.median(rounds)}
+    found = {
+        "steps": steps,
+        "milliseconds_in_the_run": 1e3 * running / (2 * steps),
+        "milliseconds_alone": 1e3 * statistics.mean(alone),
+        "epoch_over_steps": running / (2 * steps) / statistics.mean(alone),
+    }
+    print(json.dumps(found, indent=1))
+    return found
+
+
+def _wait_for_step(
+    metrics: Path, step: int, process: subprocess.Popen[bytes], seconds: float = float("inf")
+) -> bool:
+    """Waits until a run has written down a step, or for so long; returns whether it has."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        if _last_step(metrics) >= step:
+            return True
+        if process.poll() is not None:
+            raise SystemExit(f"the run ended before step {step}")
+        time.sleep(0.01)
+    return False
+
+
+def _last_step(metrics: Path) -> int:
+    if not metrics.exists():
+        return 0
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - 4096))
+        whole_lines = file.read().split(b"\n")[:-1]
+    return json.loads(whole_lines[-1])["step"] if whole_lines else 0
 
 
 def startup(options: argparse.Namespace) -> dict[str, Any]:
@@ -228,11 +268,7 @@ def _until_first_step(options: argparse.Namespace) -> float:
         with subprocess.Popen(
             [*MAIN, *_data(options), f"--workdir={run}"], cwd=ROOT, stderr=subprocess.DEVNULL
         ) as process:
-            metrics = run / "metrics.jsonl"
-            while not (metrics.exists() and metrics.stat().st_size):
-                time.sleep(0.01)
-                if process.poll() is not None:
-                    raise SystemExit("the run ended before its first step")
+            _wait_for_step(run / "metrics.jsonl", 1, process)
             seconds = time.perf_counter() - started
             process.kill()
         return seconds
