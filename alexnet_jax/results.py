@@ -1,8 +1,8 @@
 """What finished runs amount to: mean, deviation and confidence over seeds, as a table."""
 
 import dataclasses
-import importlib.util
 import math
+import runpy
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,7 +196,7 @@ def command(run: Run, configs: Path | None = None) -> str:
     folder = configs or Path(__file__).parents[1] / "configs"
     candidates = []
     for path in sorted(folder.glob("*.py")):
-        options = _options_of(path)
+        options = dict(flatten(runpy.run_path(str(path))["get_config"]()))
         if options.keys() == run.options.keys():
             changed = {
                 key: value
@@ -226,16 +226,6 @@ def _flag(value: Any) -> str:
 def _plain(value: Any) -> Any:
     """As JSON has it, which knows no tuples, and one kind of number."""
     return list(value) if isinstance(value, (list, tuple)) else value
-
-
-def _options_of(path: Path) -> dict[str, Any]:
-    """Runs a config file of the project, and returns its options."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return dict(flatten(module.get_config()))
 
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"

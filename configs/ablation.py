@@ -7,9 +7,8 @@ runs them all; a single one:
 python -m alexnet_jax.main --config=configs/ablation.py:3
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -59,20 +58,10 @@ STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def _neighbour(name: str) -> ModuleType:
-    """Imports another config file, wherever this one is run from."""
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def get_config(row: str = "0") -> ConfigDict:
     """Returns the config of a row, counted from 0."""
-    config: ConfigDict = _neighbour("cifar10_classic").get_config()
+    classic = Path(__file__).with_name("cifar10_classic.py")
+    config: ConfigDict = runpy.run_path(str(classic))["get_config"]()
     config.test.views = "flip_translate"
     for _, changes in STEPS[: int(row) + 1]:
         config.update_from_flattened_dict(changes)
