@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import platform
-import shutil
 import signal
 import statistics
 import subprocess
@@ -173,6 +172,40 @@ def recipes(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+class Run:
+    """A run of the main program that goes only when it is let."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._metrics = Path(self._folder.name, "run", "metrics.jsonl")
+        command = [*MAIN, *arguments, f"--workdir={self._metrics.parent}"]
+        # In a session of its own, with the process that writes for TensorBoard.
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        self.seconds = 0.0  # that it went
+
+    def go(self, step: int, seconds: float = float("inf")) -> bool:
+        """Lets it go until a step is written down, or for so long; returns whether it is."""
+        os.killpg(self._process.pid, signal.SIGCONT)
+        started = time.perf_counter()
+        reached = _wait_for_step(self._metrics, step, self._process, seconds)
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        self.seconds += time.perf_counter() - started
+        return reached
+
+    def memory(self) -> tuple[float, float]:
+        """Returns the resident memory, and the most there has been, in GiB."""
+        return _memory(self._process.pid)
+
+    def close(self) -> None:
+        """Ends it."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._folder.cleanup()
+
+
 def epoch(options: argparse.Namespace) -> dict[str, Any]:
     """Epochs of the default network through the main program, beside its steps alone.
 
@@ -182,7 +215,6 @@ def epoch(options: argparse.Namespace) -> dict[str, Any]:
     or evaluation. The steps alone are of one batch that is there.
     """
     size, steps = 128, options.epoch_steps
-    command = [*_data(options, size * steps), "--config.data.validation_fraction=0.0"]
     contender = Contender(DEFAULT_CONFIG)
     alone: list[float] = []
 
@@ -194,30 +226,21 @@ def epoch(options: argparse.Namespace) -> dict[str, Any]:
 
     turn()  # compiles; so does the run's first epoch
     alone.clear()
-    with tempfile.TemporaryDirectory() as folder:
-        command += ["--config.train.epochs=3", f"--workdir={folder}/run"]
-        metrics = Path(folder, "run", "metrics.jsonl")
-        with subprocess.Popen(
-            [*MAIN, *command], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
-        ) as process:
-            try:
-                _wait_for_step(metrics, steps, process)
-                running, started = 0.0, time.perf_counter()
-                while not _wait_for_step(metrics, 3 * steps, process, options.seconds):
-                    os.killpg(process.pid, signal.SIGSTOP)  # with the process for TensorBoard
-                    running += time.perf_counter() - started
-                    turn()
-                    os.killpg(process.pid, signal.SIGCONT)
-                    started = time.perf_counter()
-                running += time.perf_counter() - started
-            finally:
-                os.killpg(process.pid, signal.SIGKILL)
-    contender.close()
+    flags = ["--config.data.validation_fraction=0.0", "--config.train.epochs=3"]
+    run = Run([*_data(options, size * steps), *flags])
+    try:
+        run.go(steps)
+        run.seconds = 0.0
+        while not run.go(3 * steps, options.seconds):
+            turn()
+    finally:
+        run.close()
+        contender.close()
     found = {
         "steps": steps,
-        "milliseconds_in_the_run": 1e3 * running / (2 * steps),
+        "milliseconds_in_the_run": 1e3 * run.seconds / (2 * steps),
         "milliseconds_alone": 1e3 * statistics.mean(alone),
-        "epoch_over_steps": running / (2 * steps) / statistics.mean(alone),
+        "epoch_over_steps": run.seconds / (2 * steps) / statistics.mean(alone),
     }
     print(json.dumps(found, indent=1))
     return found
@@ -287,10 +310,8 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
         sizes: list[float] = []
         while process.poll() is None and len(sizes) < options.memory_seconds:
             time.sleep(1)
-            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            fields = dict(line.split(":", 1) for line in lines)
-            sizes.append(int(fields["VmRSS"].split()[0]) / 2**20)
-            peak = int(fields["VmHWM"].split()[0]) / 2**20
+            now, peak = _memory(process.pid)
+            sizes.append(now)
         process.send_signal(signal.SIGTERM)
         process.wait()
     half = len(sizes) // 2
@@ -337,25 +358,45 @@ def checkpoint(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def growth(options: argparse.Namespace) -> dict[str, Any]:
-    """Time and memory of an epoch with 1, 2 and 4 times the data, and of 3 epochs against 1."""
-    small = ["--config.model.features=(32,48,64,64,64)", "--config.model.hidden=(256,256)"]
+    """Time and memory of an epoch with 1, 2 and 4 times the data, and of later epochs.
+
+    The three runs take turns of a few seconds. Timed are the second and third epoch, with their
+    validation and saving.
+    """
+    size, batch = options.growth_images, 128
+    flags = ["--config.train.epochs=3", "--config.checkpoint.every_seconds=0"]
+    runs = {times: Run([*_data(options, size * times), *flags]) for times in (1, 2, 4)}
+    per_epoch = {times: times * round(0.9 * size) // batch for times in runs}
     found: dict[str, Any] = {}
-    for times in (1, 2, 4):
-        command = [*_data(options, 10_000 * times), *small]
-        _run([*command, "--config.train.epochs=1"])  # decodes and compiles
-        pairs = []
-        for _ in range(options.rounds):
-            short, long = (_run([*command, f"--config.train.epochs={n}"]) for n in (1, 3))
-            pairs.append((long["train_seconds"] - short["train_seconds"]) / 2)
-        found[str(times)] = {
-            "epoch_seconds": statistics.median(pairs),
-            "range": [min(pairs), max(pairs)],
-            "peak_gib_1_epoch": short["peak_gib"],
-            "peak_gib_3_epochs": long["peak_gib"],
-        }
-        relative = found[str(times)]["epoch_seconds"] / times / found["1"]["epoch_seconds"]
-        print(f"{times} times the data: {relative:.3f} of the time per image; {found[str(times)]}")
+    try:
+        for times, run in runs.items():
+            run.go(per_epoch[times])
+            run.seconds = 0.0
+            found[str(times)] = {"gib_after_1_epoch": run.memory()[1]}
+        left = list(runs)
+        while left:
+            left = [n for n in left if not runs[n].go(3 * per_epoch[n], options.seconds)]
+        for times, run in runs.items():
+            found[str(times)] |= {
+                "epoch_seconds": run.seconds / 2,
+                "milliseconds_a_step": 1e3 * run.seconds / 2 / per_epoch[times],
+                "gib_after_3_epochs": run.memory()[1],
+            }
+            first = found["1"]["milliseconds_a_step"]
+            relative = found[str(times)]["milliseconds_a_step"] / first
+            print(f"{times} times the data: {relative:.3f} of the time a step; {found[str(times)]}")
+    finally:
+        for run in runs.values():
+            run.close()
     return found
+
+
+def _memory(process: int) -> tuple[float, float]:
+    """Returns the resident memory of a process, and the most there has been, in GiB."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    now, peak = (int(fields[name].split()[0]) / 2**20 for name in ("VmRSS", "VmHWM"))
+    return now, peak
 
 
 def _data(options: argparse.Namespace, size: int | None = None) -> list[str]:
@@ -367,23 +408,6 @@ def _data(options: argparse.Namespace, size: int | None = None) -> list[str]:
         f"--config.data.train_split={split}",
         f"--config.data.test_split={'test' if size is None else 'test[:500]'}",
     ]
-
-
-def _run(arguments: list[str]) -> dict[str, Any]:
-    """Runs the main program to its end; returns its results, and its peak memory in GiB."""
-    folder = tempfile.mkdtemp()
-    try:
-        command = [*MAIN, *arguments, f"--workdir={folder}/run"]
-        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-            said = process.stderr.read()  # type: ignore[union-attr]
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(said)
-        results = json.loads(Path(folder, "run", "results.json").read_text())
-        return results | {"peak_gib": usage.ru_maxrss / 2**20}
-    finally:
-        shutil.rmtree(folder)
 
 
 def _processor() -> str:
@@ -427,6 +451,7 @@ def run() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each turn")
     parser.add_argument("--epoch_steps", type=int, default=390, help="50,000 images make 390")
+    parser.add_argument("--growth_images", type=int, default=10_000, help="of the smallest run")
     parser.add_argument("--memory_seconds", type=int, default=120)
     parser.add_argument("--name", default="cifar10", help="the prepared data set")
     parser.add_argument("--data_dir", default="", help="where it lies, if not in TFDS's folder")
