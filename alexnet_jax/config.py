@@ -98,7 +98,9 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.train.label_smoothing = 0.0
     config.train.ema_decay = 0.0  # of an average of the weights, which is then evaluated; 0 is off
     config.train.steps_per_dispatch = 0  # steps per call into the device; 0 chooses
-    config.train.eval_batch_size = 500  # rounded up to a multiple of the devices
+    # Rounded up to a multiple of the devices. Of CIFAR-10's default network, this many images fit
+    # into the memory that a training step leaves.
+    config.train.eval_batch_size = 250
 
     config.test = ConfigDict()
     config.test.measure = True  # at the end; False never opens the test set: for runs to choose by

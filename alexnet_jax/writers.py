@@ -1,5 +1,6 @@
 """Where a run tells what happens: metrics.jsonl, TensorBoard, log.txt, and the terminal."""
 
+import functools
 import importlib.util
 import json
 import logging
@@ -9,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,8 @@ class TensorBoard:
 
     PATIENCE = 60.0  # seconds to wait at the end; importing TensorFlow may take ten
 
-    def __init__(self, folder: Path) -> None:
-        """Starts the process that writes what is appended to the metrics from now on."""
+    def __init__(self, folder: Path, offset: int) -> None:
+        """Starts the process that writes what stands in the metrics from a byte on, or will."""
         self._process: subprocess.Popen[bytes] | None = None
         needs = ("tensorflow", "tensorboard")
         missing = [name for name in needs if importlib.util.find_spec(name) is None]
@@ -111,7 +112,6 @@ class TensorBoard:
                 " and ".join(missing),
             )
             return
-        offset = (folder / METRICS).stat().st_size
         try:
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
             self._process = subprocess.Popen(
@@ -221,7 +221,11 @@ class RunWriter:
         """
         self._steps_per_epoch = steps_per_epoch
         self._metrics = MetricsFile(folder / METRICS, last_step=step) if folder else None
-        self._tensorboard = TensorBoard(folder) if folder and tensorboard else None
+        self._tensorboard: TensorBoard | None = None
+        self._open_tensorboard: Callable[[], TensorBoard] | None = None
+        if folder and tensorboard:
+            offset = (folder / METRICS).stat().st_size
+            self._open_tensorboard = functools.partial(TensorBoard, folder, offset)
         self.progress = Progress(total_steps)
         self._seconds_before = seconds_before
         self._start = time.monotonic()
@@ -261,6 +265,8 @@ class RunWriter:
     def _write(self, record: dict[str, Any]) -> None:
         if self._metrics:
             self._metrics.write(record)
+        if self._open_tensorboard:  # only now: it takes seconds that the first step is waited for
+            self._tensorboard, self._open_tensorboard = self._open_tensorboard(), None
 
     def close(self) -> None:
         """Returns when everything is written."""

@@ -189,7 +189,7 @@ def test_tensorboard_itself_shows_a_run(tmp_path):
     )
     fill(folder / "metrics.jsonl", 1, 2)  # by an earlier session, which has its own events
     metrics = MetricsFile(folder / "metrics.jsonl", last_step=2)
-    board = TensorBoard(folder)
+    board = TensorBoard(folder, (folder / "metrics.jsonl").stat().st_size)
     metrics.write(record(3, loss=0.5, images=128))
     metrics.write(record(4, loss=0.125, images=128))
     metrics.write(record(4, "validation", loss=0.5, accuracy=0.25))  # of a run without a test
@@ -263,7 +263,7 @@ def test_without_tensorflow_it_says_so_once(path, monkeypatch, caplog, missing, 
         importlib.util, "find_spec", lambda name: None if name in missing else real(name)
     )
     fill(path, 1)
-    board = TensorBoard(path.parent)
+    board = TensorBoard(path.parent, 0)
     board.close()
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING
@@ -274,7 +274,7 @@ def test_without_tensorflow_it_says_so_once(path, monkeypatch, caplog, missing, 
 def test_a_child_that_dies_costs_a_warning(path, monkeypatch, caplog):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     fill(path, 1)
-    TensorBoard(path.parent).close()
+    TensorBoard(path.parent, 0).close()
     (warning,) = caplog.records
     assert "TensorBoard events are incomplete (exit code 1)" in warning.getMessage()
 
@@ -287,7 +287,7 @@ def test_a_child_that_hangs_is_ended(path, monkeypatch, caplog):
     monkeypatch.setattr(TensorBoard, "PATIENCE", 0.1)
     fill(path, 1)
     start = time.monotonic()
-    TensorBoard(path.parent).close()
+    TensorBoard(path.parent, 0).close()
     assert time.monotonic() - start < 20
     assert "TensorBoard events are incomplete" in caplog.text
 
