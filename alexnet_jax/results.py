@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import runpy
 import shlex
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from alexnet_jax import run_folder
+from alexnet_jax import report, run_folder, writers
 from alexnet_jax.config import FREE_KEYS, flatten
 from alexnet_jax.errors import InputError
+from alexnet_jax.report import figures
 
 # What may differ between the runs of a row.
 _SEED_KEYS = ("seed", "num_seeds")
@@ -183,6 +185,42 @@ def table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> str:
             f"on {images[split]:,}; {', '.join(hardware)}; seeds {', '.join(map(str, seeds))}.  \n"
             f"  `{command(example)}`"
         )
+    return "\n".join(lines)
+
+
+def details(
+    groups: Sequence[Sequence[Run]], names: Sequence[str], pictures: Path, page: Path
+) -> str:
+    """Shows each group: its curves, its confusion matrix, and class by class, of all seeds.
+
+    Args:
+        groups: Of `group`.
+        names: Of the groups; the files are named after them.
+        pictures: A folder, made if need be, where "NAME-curves.png" and "NAME-confusion.png" go.
+        page: What the links to them start from, or will.
+
+    Returns:
+        Markdown, with a heading of the third level for each group.
+
+    Raises:
+        SaveFailed: A file cannot be written.
+    """
+    lines = []
+    for members, name in zip(groups, names, strict=True):
+        judged = report.tested_split(members[0].results)
+        confusion = np.sum([run.results[judged]["confusion"] for run in members], axis=0)
+        classes = tuple(members[0].dataset["class_names"])
+        records = [writers.read_metrics(run.folder / run_folder.METRICS) for run in members]
+        drawn = {"curves": figures.curves(records, name)}
+        drawn["confusion"] = figures.confusion(confusion, classes)
+        pictures.mkdir(parents=True, exist_ok=True)
+        lines.append(f"### {name}\n")
+        for kind, figure in drawn.items():
+            path = pictures / f"{name}-{kind}.png"
+            run_folder.write_whole(path, figures.png(figure))
+            link = os.path.relpath(path, page.parent)
+            lines.append(f"![{kind} of {name}]({link})")
+        lines.append(f"\n```\n{report.class_table(confusion, classes)}\n```\n")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ interval of the mean by Student's t. A row is named after the first of its folde
 
 examples:
   python scripts/results.py runs/classic runs/best
-  python scripts/results.py runs/best-*/ --into=docs/results.md
+  python scripts/results.py runs/best-*/ --into=docs/results.md --pictures=docs/results
 
 Exit codes: 0 done, {programs.EXIT_CODES}.
 """
@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     groups = results.group([results.read_run(folder) for folder in options.folders])
     names = [members[0].folder.resolve().name for members in groups]
     text = results.table(groups, names)
+    if options.pictures:
+        page = options.into or Path("page.md")
+        text += f"\n\n{results.details(groups, names, options.pictures, page)}"
     if options.into:
         results.put_between_marks(options.into, text)
     print(text)
@@ -56,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="also put the table into this file, between its marks",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="FOLDER",
+        help="below the table, show curves, confusion matrix and classes of each row; their "
+        "pictures go here",
     )
     return parser
 

@@ -147,6 +147,48 @@ def test_the_program_prints_the_table_and_puts_it_into_a_file(tmp_path, capsys):
     assert page.read_text() == "no marks"
 
 
+def test_each_row_is_shown_with_its_pictures_and_classes(tmp_path, capsys):
+    main = program("scripts", "results").main
+    runs = []
+    for seed, confusion in enumerate(([[9, 1], [2, 8]], [[7, 3], [0, 10]])):
+        test = {"loss": 1.0, "accuracy": 0.85, "confusion": confusion}
+        runs.append(make_run(tmp_path / f"small-{seed}", (0.85,), seed=seed, test=test))
+        dataset = json.loads((runs[-1] / "dataset.json").read_text())
+        dataset["class_names"] = ["cat", "dog"]
+        (runs[-1] / "dataset.json").write_text(json.dumps(dataset))
+        records = [
+            {"step": n, "epoch": float(n), "split": "train", "loss": 1.0, "accuracy": 0.5}
+            | {"images": 128}
+            for n in (1, 2)
+        ]
+        (runs[-1] / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "page.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    assert main([*map(str, runs), f"--into={page}", f"--pictures={tmp_path / 'pictures'}"]) == 0
+    text = page.read_text()
+    assert capsys.readouterr().out.strip() in text
+    links = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert links == [f"../pictures/small-0-{kind}.png" for kind in ("curves", "confusion")]
+    for link in links:
+        assert (page.parent / link).read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"cat +80\.0% +20 +dog \(4\)", text)
+
+
+def test_the_curve_of_several_runs_is_their_mean_within_their_range():
+    def records(losses):
+        return [
+            {"step": n, "epoch": float(n), "split": "train", "loss": loss, "accuracy": 0.5}
+            | {"images": 1}
+            for n, loss in enumerate(losses, 1)
+        ]
+
+    axes = figures.curves([records([4.0, 2.0]), records([2.0, 1.0])], "two").axes[0]
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [3.0, 1.5])
+    corners = axes.collections[0].get_paths()[0].vertices
+    assert (corners[:, 1].min(), corners[:, 1].max()) == (1.0, 4.0)
+
+
 def test_the_ablation_leads_from_classic_to_best():
     ablation = program("configs", "ablation")
     first, last = (

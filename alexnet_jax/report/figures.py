@@ -115,22 +115,35 @@ def _legend_below(figure: "Figure", axes: "Axes", columns: int) -> None:
             text.set_parse_math(False)
 
 
-def _draw_curve(axes: "Axes", records: list[dict[str, Any]], name: str) -> None:
-    found = measures.epoch_curves(records, name)
+def _draw_curve(axes: "Axes", runs: Sequence[list[dict[str, Any]]], name: str) -> None:
+    """Draws the mean of runs of the same length, and the range that they all lie in."""
+    found = [measures.epoch_curves(records, name) for records in runs]
     for split, (label, colour, style) in _STYLES.items():
-        if split in found:
-            _plot_epochs(axes, *found[split], color=colour, linestyle=style, label=label)
+        if split in found[0]:
+            epochs = found[0][split][0]
+            values = np.array([one[split][1] for one in found])
+            _plot_epochs(axes, epochs, values.mean(0), color=colour, linestyle=style, label=label)
+            if len(runs) > 1:
+                axes.fill_between(
+                    epochs, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0
+                )
     _over_epochs(axes, "cross-entropy (nats)" if name == "loss" else name)
     if name == "accuracy":
         _percent(axes.yaxis)
 
 
-def curves(records: list[dict[str, Any]], title: str) -> "Figure":
-    """Draws loss and accuracy over the epochs, side by side."""
+def curves(runs: Sequence[list[dict[str, Any]]], title: str) -> "Figure":
+    """Draws loss and accuracy over the epochs, side by side.
+
+    Args:
+        runs: The records of each; of several, which must have the same splits and epochs, the mean
+            is drawn, and the range around it.
+        title: Of the figure.
+    """
     figure = _figure(10, 4, title)
     left, right = figure.subplots(1, 2)
-    _draw_curve(left, records, "loss")
-    _draw_curve(right, records, "accuracy")
+    _draw_curve(left, runs, "loss")
+    _draw_curve(right, runs, "accuracy")
     _legend_below(figure, left, len(_STYLES))
     return figure
 
@@ -139,7 +152,7 @@ def curve(records: list[dict[str, Any]], name: str) -> "Figure":
     """Draws "loss" or "accuracy" over the epochs."""
     figure = _figure(5, 4)
     axes = figure.subplots()
-    _draw_curve(axes, records, name)
+    _draw_curve(axes, [records], name)
     _legend_below(figure, axes, 2)
     return figure
 

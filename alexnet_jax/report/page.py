@@ -85,7 +85,7 @@ def read_run(folder: Path) -> Run:
 
 def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draws loss and accuracy over the epochs, side by side, into a PNG file."""
-    write_whole(path, figures.png(figures.curves(records, title)))
+    write_whole(path, figures.png(figures.curves([records], title)))
 
 
 def write_report(folder: Path, page: Path | None = None) -> Path:
