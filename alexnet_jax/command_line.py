@@ -34,8 +34,14 @@ The same command goes on where an interrupted run stopped. Exit codes: 0 finishe
 # The options that are not of the config.
 _PLAIN = ("workdir", *Flags._fields)
 
+# ml_collections looks into the command line by itself, and already here; that of the process may
+# name a --flagfile that cannot be read. `parse` fills in what there is.
+_arguments: list[str] = []
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The config file; --config.section.key=value changes an option."
+    "config",
+    None,
+    "The config file; --config.section.key=value changes an option.",
+    sys_argv=_arguments,
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run folder; by default runs/<name of the config file>."
@@ -81,6 +87,7 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path, Flags]:
             )
         if match and match[1] not in options:
             raise InputError(unknown_key_message(match[1], config))
+    _arguments[:] = arguments
     try:
         rest = flags.FLAGS(arguments)
     except flags.UnrecognizedFlagError as error:

@@ -150,7 +150,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
             measured = checksums.fingerprints(state.model_state["whitening"])
             processes.same_everywhere(measured, "the whitening of the images")
         shapes = _shapes_of_one(config, state).variables
-        description = describe(model, shapes, _input_shape(config))
+        description = describe(model, _input_shape(config), shapes)
         log.info("%s", description)
         with processes.together():
             if first:

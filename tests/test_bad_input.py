@@ -399,6 +399,7 @@ def check_answer(arguments, code, out, err):
 
 @given(command_lines())
 @example(["--config=good.py", "--flagfile=flags.txt"])
+@example(["--config=good.py", "--flagfile=no.txt"])
 @example(["--config=good.py", f"--config.model.features={'(' * 300}"])
 @example(["--config=good.py", "--config.seed=" + "9" * 5000])
 @example(["--config=placeholder.py"])

@@ -304,8 +304,9 @@ def test_create_model_passes_every_option_on():
 
 def test_description_names_each_layer_and_the_totals():
     network, images = AlexNet(num_classes=10), jnp.zeros((1, 32, 32, 3))
+    description = describe(network, (32, 32, 3))
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), images, train=False))
-    description = describe(network, shapes, (32, 32, 3))
+    assert describe(network, (32, 32, 3), shapes) == description
     text = str(description)
     for name in ("conv1", "conv2", "conv3", "conv4", "conv5", "fc1", "fc2", "logits"):
         assert f"{name}/kernel" in text

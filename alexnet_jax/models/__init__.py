@@ -146,16 +146,18 @@ class Description(NamedTuple):
 
 
 def describe(
-    model: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, ...]
+    model: nn.Module, image_shape: tuple[int, ...], variables: Mapping[str, Any] | None = None
 ) -> Description:
     """Lays out the parameters, and counts the FLOPs.
 
     Args:
         model: A network.
-        variables: Its own; their shapes suffice.
         image_shape: (H, W, C) of one image.
+        variables: The network's, where they are at hand; their shapes suffice.
     """
     images = jnp.zeros((1, *image_shape))
+    if variables is None:
+        variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
     plain = model.clone(ops=PLAIN)  # the same number whatever computes it
     forward = jax.jit(lambda variables: plain.apply(variables, images, train=False))
     cost = forward.lower(variables).cost_analysis() or {}
