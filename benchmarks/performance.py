@@ -360,8 +360,9 @@ def checkpoint(options: argparse.Namespace) -> dict[str, Any]:
 def growth(options: argparse.Namespace) -> dict[str, Any]:
     """Time and memory of an epoch with 1, 2 and 4 times the data, and of later epochs.
 
-    The three runs take turns of a few seconds. Timed are two epochs, with their validation and
-    saving, from the second step of the second epoch on: by then all is compiled.
+    The three runs take turns, as long as they are large, so that they end together. Timed are two
+    epochs, with their validation and saving, from the second step of the second epoch on: by then
+    all is compiled.
     """
     size, batch = options.growth_images, 128
     flags = ["--config.train.epochs=4", "--config.checkpoint.every_seconds=0"]
@@ -375,7 +376,7 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
             found[str(times)] = {"gib_after_1_epoch": run.memory()[1]}
         left = list(runs)
         while left:
-            left = [n for n in left if not runs[n].go(3 * per_epoch[n] + 2, options.seconds)]
+            left = [n for n in left if not runs[n].go(3 * per_epoch[n] + 2, n * options.seconds)]
         for times, run in runs.items():
             found[str(times)] |= {
                 "epoch_seconds": run.seconds / 2,
