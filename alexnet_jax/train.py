@@ -361,9 +361,8 @@ def _restore_or_create(
 
 def _shapes_of_one(config: ConfigDict, state: TrainState) -> TrainState:
     """Returns the shapes in the state of a single seed."""
-    if config.num_seeds == 1:
-        return state
-    shapes: TrainState = jax.eval_shape(lambda state: replicas.pick(state, 0), state)
+    count = config.num_seeds
+    shapes: TrainState = jax.eval_shape(lambda x: replicas.pick(x, 0) if count > 1 else x, state)
     return shapes
 
 

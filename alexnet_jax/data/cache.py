@@ -53,9 +53,9 @@ def kept(source: Source, name: str, compute: Callable[[], Arrays], **options: An
     """Returns what `compute` does, from a file beside the prepared set where there is a right one.
 
     Arrays of a file are mapped into memory, and read-only. A file that is damaged (its checksums
-    tell), or was computed from other data files, with other
-    options or by another Pillow is computed anew, and written whole or not at all. Where it cannot
-    be written, the run goes on without.
+    tell), or was computed from other data files, with other options or by another Pillow is
+    computed anew, and written whole or not at all. Where it cannot be written, the run goes on
+    without.
 
     Args:
         source: What is computed from.
