@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alexnet_jax.errors import InputError
+from alexnet_jax.ops import machine
 
 AXIS = "data"
 
@@ -25,6 +26,16 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 def on_cpu(mesh: Mesh) -> bool:
     """Whether the devices are CPUs, whose compiler wants other programs."""
     return mesh.devices.flat[0].platform == "cpu"
+
+
+def hardware(mesh: Mesh) -> str:
+    """Names what computes: "8 x NVIDIA H100", or "2 cores of AMD EPYC"."""
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    if not on_cpu(mesh):
+        return devices
+    cores = machine.cores()
+    host = f"{cores} core{'s' * (cores > 1)} of {machine.cpu_name()}"
+    return host if mesh.size == 1 else f"{devices} on {host}"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -50,6 +50,11 @@ class Run:
         return []
 
     @property
+    def hardware(self) -> str:
+        """What computed it, in words."""
+        return str(self.results["devices"])
+
+    @property
     def images_trained(self) -> int:
         """Images that passed through training, over all epochs and seeds."""
         steps_per_epoch = self.dataset["images"]["train"] // self.options["train.batch_size"]
@@ -142,8 +147,9 @@ _COLUMNS = (
 def table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> str:
     """Lays out a row for each group, in Markdown, and below on what and how each was made.
 
-    The time is of one seed, from start to end, with the measurements on validation images. Where a
-    run was not to see the test set, all accuracies are of the validation images.
+    The time is of one seed, from start to end, with the measurements on validation images; where
+    the seeds of a row were trained on different hardware, of those on the hardware of the first.
+    Where a run was not to see the test set, all accuracies are of the validation images.
 
     Args:
         groups: Of `group`.
@@ -156,8 +162,10 @@ def table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> str:
     for members, name in zip(groups, names, strict=True):
         plain = [accuracy for run in members for accuracy in run.accuracies("", split)]
         views = [accuracy for run in members for accuracy in run.accuracies("_tta", split)]
-        seconds = sum(run.results["train_seconds"] for run in members)
-        pace = sum(run.images_trained for run in members) / max(seconds, 1e-9)
+        timed = [run for run in members if run.hardware == members[0].hardware]
+        seconds = sum(run.results["train_seconds"] for run in timed)
+        pace = sum(run.images_trained for run in timed) / max(seconds, 1e-9)
+        seconds /= sum(len(run.seeds) for run in timed)
         first = members[0].results
         flops = first.get("flops")
         cells = [
@@ -166,8 +174,8 @@ def table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> str:
             *_percent(views)[:2],
             str(len(plain)),
             str(first["epochs"]),
-            f"{seconds / len(plain):,.0f}",
-            f"{seconds / len(plain) / first['epochs']:,.0f}",
+            f"{seconds:,.0f}",
+            f"{seconds / first['epochs']:,.0f}",
             f"{pace:,.0f}",
             f"{first['parameters'] / 1e6:.2f}",
             "-" if flops is None else f"{flops / 1e6:,.0f}",
@@ -176,13 +184,18 @@ def table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> str:
     lines.append("")
     for members, name in zip(groups, names, strict=True):
         example = members[0]
-        seeds = sorted(seed for run in members for seed in run.seeds)
-        hardware = sorted({run.results["devices"] for run in members})
+        by_hardware: dict[str, list[int]] = {}
+        for run in members:
+            by_hardware.setdefault(run.hardware, []).extend(run.seeds)
+        where = "; ".join(
+            f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))} on {hardware}"
+            for hardware, seeds in by_hardware.items()
+        )
         data, images = example.dataset["name"], example.dataset["images"]
         use = "tested" if tested else "validated"
         lines.append(
             f"- **{name}**: {data}, trained on {images['train']:,} images, {use} "
-            f"on {images[split]:,}; {', '.join(hardware)}; seeds {', '.join(map(str, seeds))}.  \n"
+            f"on {images[split]:,}; {where}.  \n"
             f"  `{command(example)}`"
         )
     return "\n".join(lines)

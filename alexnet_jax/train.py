@@ -154,8 +154,9 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         log.info("%s", description)
         with processes.together():
             if first:
-                devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-                evidence.write_environment(folder, str(description), devices, jax.process_count())
+                evidence.write_environment(
+                    folder, str(description), parallel.hardware(mesh), jax.process_count()
+                )
         log.info(
             "Training on %s images, %s steps of %d an epoch, %d epochs, on %d %s%s.",
             f"{data.train_size:,}",
@@ -497,7 +498,7 @@ def _measure_at_the_end(
         "train_seconds": round(writer.seconds, 3),
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)) // config.num_seeds,
         "seeds": replicas.seeds(config.seed, config.num_seeds).tolist(),
-        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "devices": parallel.hardware(mesh),
         "versions": {
             name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")
         },

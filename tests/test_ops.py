@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -514,6 +515,13 @@ def test_instruction_sets_are_read_as_linux_lists_them(tmp_path):
     (tmp_path / "arm").write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
     assert machine.instruction_sets(tmp_path / "arm") == frozenset()
     assert machine.instruction_sets(tmp_path / "none") == frozenset()
+
+
+def test_a_cpu_has_a_name_and_cores(tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t: fpu\n")
+    assert machine.cpu_name(tmp_path / "cpuinfo") == "AMD EPYC"
+    assert machine.cpu_name(tmp_path / "none") == (platform.processor() or platform.machine())
+    assert 1 <= machine.cores() <= os.cpu_count()
 
 
 def test_the_switch(caplog):

@@ -41,7 +41,7 @@ def make_run(folder, accuracies, *, config=None, seed=0, views=(), **results):
         "train_seconds": 100.0 * len(accuracies),
         "parameters": 35_855_178,
         "flops": 4e8,
-        "devices": "1 x cpu",
+        "devices": "2 cores of a CPU",
         "seeds": [seed + i for i in range(len(accuracies))],
         "test": measured(accuracies),
     }
@@ -94,9 +94,22 @@ def test_runs_of_one_kind_make_one_row(tmp_path):
     assert found["images/s"] == f"{351 * 128 * 20 / 100:,.0f}"
     assert (found["parameters (M)"], found["MFLOPs"]) == ("35.86", "400")
     assert second[:6] == ["default", "90.00", "-", "-", "-", "-"]
-    assert (
-        "cifar10_jpeg, trained on 45,000 images, tested on 10,000; 1 x cpu; seeds 0, 1, 2" in text
-    )
+    assert "cifar10_jpeg, trained on 45,000 images, tested on 10,000; seeds 0, 1, 2 on 2 c" in text
+
+
+def test_times_are_of_one_hardware(tmp_path):
+    runs = [
+        make_run(tmp_path / f"{seed}", (0.8,), seed=seed, train_seconds=seconds, devices=hardware)
+        for seed, (seconds, hardware) in enumerate(
+            [(100, "2 cores"), (200, "1 core"), (120, "2 cores")]
+        )
+    ]
+    text = table(group([read_run(folder) for folder in runs]), ["mixed"])
+    header, (row,) = rows(text)
+    found = dict(zip(header, row, strict=True))
+    assert (found["seeds"], found["training (s)"], found["an epoch (s)"]) == ("3", "110", "6")
+    assert found["images/s"] == f"{351 * 128 * 20 / 110:,.0f}"
+    assert "; seeds 0, 2 on 2 cores; seed 1 on 1 core." in text
 
 
 def test_the_average_of_the_weights_is_what_counts(tmp_path):

@@ -1,12 +1,17 @@
-"""What this machine's CPU can do."""
+"""What this machine's CPU is, and what it can do."""
 
+import os
+import platform
 from pathlib import Path
 
 # Linux's names of the instructions that multiply matrices, or pairs, of bfloat16.
 BFLOAT16 = frozenset({"amx_bf16", "avx512_bf16"})
 
 
-def instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def instruction_sets(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
     """Reads the instruction sets of the first CPU, by Linux's names: "avx2", "amx_bf16".
 
     Args:
@@ -15,12 +20,28 @@ def instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     Returns:
         Nothing where there is no such file, or none that lists "flags" as those of x86 do.
     """
+    return frozenset(_first("flags", cpuinfo).split())
+
+
+def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
+    """Returns the name of the first CPU, or of its architecture where Linux does not tell it."""
+    return _first("model name", cpuinfo) or platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Returns how many cores this process may compute on."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _first(wanted: str, cpuinfo: Path) -> str:
     try:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:
-        return frozenset()
+        return ""
     for line in lines:
         name, _, value = line.partition(":")
-        if name.strip() == "flags":
-            return frozenset(value.split())
-    return frozenset()
+        if name.strip() == wanted:
+            return value.strip()
+    return ""
