@@ -25,7 +25,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from alexnet_jax import checksums
 from alexnet_jax.errors import InputError, SaveFailed
-from alexnet_jax.run_folder import read_json, write_json
+from alexnet_jax.run_folder import SAVED, read_json, write_json
 from alexnet_jax.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Checkpoints:
             ]
         )
         self.directory = directory.absolute()  # a relative path fails later, on Orbax's thread
-        self._marker = self.directory.with_name("saved.json")
+        self._marker = self.directory.with_name(SAVED)
         self._under_way: int | None = None  # the step being saved
         self._failure: tuple[int, str] | None = None  # of the last save: its step, and why
         self._again: Callable[[], bool] | None = None  # starts the last save anew
@@ -385,17 +385,25 @@ def reason(error: Exception) -> str:
     return os.strerror(int(system[1])) if system else text.split("\n")[0][:200]
 
 
+def hide_records_of_orbax() -> None:
+    """Keeps Orbax's own records from the log: about 70 lines a save, one for each file.
+
+    Those of others stay, so a library may do it.
+    """
+    logging.getLogger("absl").addFilter(_not_of_orbax)  # once, however often it is added
+
+
 @functools.cache
 def quieten_orbax() -> None:
     """Keeps Orbax from the terminal; what it has to tell is raised, too, and said in one line.
 
-    It tells of each file at INFO, about 70 lines a save, and warns of saves that, rightly, have no
-    accuracy. Where one array fails, it leaves the others to end behind its back, and their errors
-    are printed with tracebacks: from asyncio, from threads that find its event loop closed, and
-    from coroutines when they are collected.
+    It warns of saves that, rightly, have no accuracy. Where one array fails, it leaves the others
+    to end behind its back, and their errors are printed with tracebacks: from asyncio, from threads
+    that find its event loop closed, and from coroutines when they are collected. All this changes
+    the process, which therefore should be a program of this library.
     """
+    hide_records_of_orbax()
     logging.getLogger("absl").setLevel(logging.ERROR)
-    logging.getLogger("absl").addFilter(_not_of_orbax)
     logging.getLogger("asyncio").addFilter(_not_left_behind)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     excepthook, unraisablehook = sys.excepthook, sys.unraisablehook

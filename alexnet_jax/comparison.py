@@ -160,8 +160,8 @@ def _curves(group: Sequence[results.Run], split: str) -> tuple[np.ndarray, np.nd
     rows: list[np.ndarray] = []
     for run in group:
         records = writers.read_metrics(run.folder / run_folder.METRICS)
-        each = [r | {"accuracy": r.get("accuracy_each", [r["accuracy"]])} for r in records]
-        found = measures.epoch_curves([r for r in each if r["split"] != "train"], "accuracy")
-        epochs, values = found.get("validation_ema", found.get("validation", ([], [])))
-        rows.extend(np.array(values).T)
+        for own in measures.by_seed(records):
+            found = measures.epoch_curves([r for r in own if r["split"] != "train"], "accuracy")
+            epochs, values = found.get("validation_ema", found.get("validation", ([], [])))
+            rows.append(np.array(values))
     return seconds * np.array(epochs) / group[0].results["epochs"], np.stack(rows)

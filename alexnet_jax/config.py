@@ -213,7 +213,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields each option as ("section.key", value), in the order of declaration."""
+    """Yields each option as ("section.key", value), in the order of the names."""
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             yield from flatten(value, f"{prefix}{key}.")

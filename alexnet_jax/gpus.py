@@ -1,6 +1,7 @@
 """Which GPUs there are, for programs that share them out between processes of their own."""
 
 import importlib.util
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,10 +15,11 @@ def visible(environment: Mapping[str, str]) -> list[str]:
         environment: The variables that say so.
     """
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-    platforms = environment.get("JAX_PLATFORMS", "cuda")
+    platforms = environment.get("JAX_PLATFORMS") or "cuda"  # JAX takes "" for unset
     if not any(map(importlib.util.find_spec, plugins)) or "cuda" not in platforms:
         return []
     given = environment.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
-        return [name for name in given.split(",") if name]
+        names = [name for name in given.split(",") if name]
+        return list(itertools.takewhile(lambda name: not name.startswith("-"), names))  # as CUDA
     return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]

@@ -79,7 +79,9 @@ class Network:
         state: The weights of the run's steps and, where they are kept, their average; the
             optimizer's part is empty.
         averaged: Whether the network answers with the averaged weights.
-        accuracy: Of this checkpoint on the validation images, from 0 to 1; None if unknown.
+        accuracy: Of this checkpoint on the validation images, from 0 to 1; None if unknown, as of a
+            run of many seeds, whose checkpoints are told apart by the mean.
+        replica: Which of the run's seeds it is of, counted from 0.
     """
 
     folder: Path
@@ -90,6 +92,7 @@ class Network:
     state: TrainState
     averaged: bool
     accuracy: float | None
+    replica: int
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -236,8 +239,9 @@ def load(
     ema = config.train.ema_decay > 0
     weights = read_weights(folder / run_folder.CHECKPOINTS, checkpoint, shapes, ema=ema)
     arrays = (weights.params, weights.model_state, weights.ema)
+    replica = 0 if seed is None else trained.index(seed)
     if len(trained) > 1:
-        arrays = replicas.pick(arrays, 0 if seed is None else trained.index(seed))
+        arrays = replicas.pick(arrays, replica)
     params, model_state, average = arrays
     return Network(
         folder=folder,
@@ -253,10 +257,11 @@ def load(
             model_state=model_state,
             opt_state=(),
             ema=average,
-            key=jax.random.key(trained[0] if seed is None else seed),
+            key=jax.random.key(trained[replica]),
         ),
         averaged=averaged and ema,
-        accuracy=weights.accuracy,
+        accuracy=weights.accuracy if len(trained) == 1 else None,
+        replica=replica,
     )
 
 

@@ -112,10 +112,15 @@ def _accuracy(network: Network, results: dict[str, Any]) -> list[str]:
         for split in ("validation", "test"):
             found = results.get(f"{split}_ema" if network.averaged else split)
             if found:
-                count = sum(map(sum, found["confusion"]))
+                accuracy, loss = (
+                    found.get(f"{name}_each", [found[name]])[network.replica]
+                    for name in ("accuracy", "loss")
+                )
+                # The confusion matrix is of all seeds of the run together.
+                count = sum(map(sum, found["confusion"])) // network.config.num_seeds
                 lines.append(
-                    f"- {split}: {100 * found['accuracy']:.2f}% of {count:,} images, cross-entropy "
-                    f"{found['loss']:.4f} nats"
+                    f"- {split}: {100 * accuracy:.2f}% of {count:,} images, cross-entropy "
+                    f"{loss:.4f} nats"
                 )
         lines.append(
             "- The test images were used once, at the end of the run."

@@ -32,14 +32,15 @@ def add_not_averaged(parser: argparse.ArgumentParser) -> None:
 
 
 def open_network(options: argparse.Namespace) -> "Network":
-    """Opens the network that the options name, with compiled programs kept for the next time.
+    """Opens the network that the options name; for programs, which it sets up first.
 
     Raises:
         InputError: As `alexnet_jax.load`.
     """
-    from alexnet_jax import inference, runtime  # import JAX, which --help does without
+    from alexnet_jax import checkpoint, inference, runtime  # import JAX, which --help does without
 
     runtime.prepare()
+    checkpoint.quieten_orbax()
     averaged = not getattr(options, "not_averaged", False)
     return inference.load(
         options.run, checkpoint=options.checkpoint, averaged=averaged, seed=options.seed

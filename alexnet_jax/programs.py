@@ -3,15 +3,17 @@
 Nothing here imports JAX, so that --help is quick.
 """
 
+import argparse
 import errno
 import functools
 import os
 import select
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import ParamSpec, TextIO
 
-from alexnet_jax.errors import Diverged, InputError, SaveFailed
+from alexnet_jax.errors import Diverged, InputError, SaveFailed, show
 
 EXIT_BAD_INPUT = 2  # as argparse has it
 EXIT_DIVERGED = 3
@@ -139,6 +141,20 @@ def split(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
     given = list(sys.argv[1:] if arguments is None else arguments)
     end = given.index("--") if "--" in given else len(given)
     return given[:end], given[end + 1 :]
+
+
+def path(text: str) -> Path:
+    """Makes a path of an argument; for argparse's `type`.
+
+    A shell leaves the ``~`` of ``--workdir=~/runs`` as it is.
+
+    Raises:
+        argparse.ArgumentTypeError: It begins with ``~`` and the name of nobody.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{show(text)} is in the home of nobody") from None
 
 
 def check_flags(flags: Sequence[str], taken: Sequence[str], who: str) -> None:

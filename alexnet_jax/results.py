@@ -15,7 +15,7 @@ from scipy import stats
 from alexnet_jax import report, run_folder, writers
 from alexnet_jax.config import FREE_KEYS, flatten
 from alexnet_jax.errors import InputError
-from alexnet_jax.report import figures
+from alexnet_jax.report import figures, measures
 
 # What may differ between the runs of a row.
 _SEED_KEYS = ("seed", "num_seeds")
@@ -223,10 +223,14 @@ def details(
         judged = report.tested_split(members[0].results)
         confusion = np.sum([run.results[judged]["confusion"] for run in members], axis=0)
         classes = tuple(members[0].dataset["class_names"])
-        records = [writers.read_metrics(run.folder / run_folder.METRICS) for run in members]
+        records = [
+            of_seed
+            for run in members
+            for of_seed in measures.by_seed(writers.read_metrics(run.folder / run_folder.METRICS))
+        ]
         drawn = {"curves": figures.curves(records, name)}
         drawn["confusion"] = figures.confusion(confusion, classes)
-        pictures.mkdir(parents=True, exist_ok=True)
+        run_folder.make_folder(pictures)
         lines.append(f"### {name}\n")
         for kind, figure in drawn.items():
             path = pictures / f"{name}-{kind}.png"

@@ -30,6 +30,7 @@ DATASET = "dataset.json"
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 CHECKPOINTS = "checkpoints"
+SAVED = "saved.json"
 ENVIRONMENT = "environment.json"
 MODEL = "model.txt"
 PREDICTIONS = "predictions.npz"
@@ -48,6 +49,7 @@ SPLITS = {
 }
 
 # What flock answers where a file system has no locks, as some that come over a network.
+_STALE_SECONDS = 60  # A file is written in less, and then has another name.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -57,7 +59,8 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         SaveFailed: It cannot be written; the disk is full, say.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Of this process alone: another may be writing the same file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -71,6 +74,18 @@ def write_whole(path: Path, content: bytes) -> None:
             f"{path} could not be written ({error.strerror}); mend that and give the same command "
             "again."
         ) from None
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those it lies in, unless it is there.
+
+    Raises:
+        SaveFailed: It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveFailed(f"the folder {path} could not be made ({error.strerror}).") from None
 
 
 SHARED_SECONDS = 20.0  # until a network file system shows what another host has written
@@ -147,8 +162,10 @@ def open_run_folder(workdir: Path, config: ConfigDict) -> Iterator[Path]:
             "name an empty or a new one."
         )
     with lock(folder):
-        for left_over in folder.glob(".*.tmp"):  # by a kill
-            left_over.unlink()
+        for left_over in folder.glob(".*.tmp"):  # by a kill, unless a program is writing it now
+            with suppress(FileNotFoundError):
+                if time.time() - left_over.stat().st_mtime > _STALE_SECONDS:
+                    left_over.unlink()
         _check_config(folder, config)
         yield folder
 
@@ -161,7 +178,7 @@ def _make(workdir: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}.tmp"
         probe.touch()
-        probe.unlink(missing_ok=True)  # a run that begins here clears such files away
+        probe.unlink()
     except (OSError, RuntimeError) as error:  # RuntimeError: ~name of nobody
         reason = getattr(error, "strerror", None) or error
         raise InputError(
@@ -179,9 +196,15 @@ def lock(folder: Path, what: str = "a run") -> Iterator[None]:
         what: Is going on in it, for the sentence.
 
     Raises:
-        InputError: Another process holds the lock.
+        InputError: Another process holds the lock, or the folder cannot be written.
     """
-    with (folder / LOCK).open("a+") as file:
+    try:
+        opened = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror}); name a folder that can."
+        ) from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -207,20 +230,26 @@ def lock(folder: Path, what: str = "a run") -> Iterator[None]:
 
 def in_use(folder: Path) -> bool:
     """Whether a run is going on in a folder, of any process."""
-    if not (folder / LOCK).exists():
-        return False
     try:
-        with lock(folder):
-            return False
-    except InputError:
+        with (folder / LOCK).open() as file:  # it may be a copy that cannot be written
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    except OSError:
+        return False
+    return False
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether there is something to lose: records of training, or weights, as of an import."""
+    return (folder / METRICS).exists() or (folder / SAVED).exists()
 
 
 def _check_config(folder: Path, config: ConfigDict) -> None:
     """Writes down the config of a new run; refuses any other in the folder of an old one."""
     before = read_json(folder / CONFIG)
     now = _options(config)
-    if before is None or not (folder / METRICS).exists():
+    if before is None or not _has_begun(folder):
         # New, or begun and ended by a mistake before the first step: free to be another run.
         write_json(folder / CONFIG, now)
         return
@@ -331,7 +360,7 @@ def check_dataset(folder: Path, info: dict[str, Any]) -> None:
         InputError: The files are others than those that the run began with.
     """
     before = read_json(folder / DATASET)
-    if before is not None and (folder / METRICS).exists():
+    if before is not None and _has_begun(folder):
         then, now = before.get("checksums", {}), info["checksums"]
         for split in then:  # none, where an earlier version wrote it
             if then[split] != now.get(split):

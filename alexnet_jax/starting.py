@@ -98,7 +98,7 @@ def open_start(config: ConfigDict, folder: Path) -> Start:
     if not config.init.run:
         return Start()
     before = run_folder.read_json(folder / run_folder.DATASET) or {}
-    if "start" in before and (folder / "saved.json").exists():
+    if "start" in before and (folder / run_folder.SAVED).exists():
         return Start(info={key: before[key] for key in ("mean", "deviation", "start")})
     which = config.init.checkpoint
     network = inference.load(config.init.run, checkpoint=int(which) if which.isdecimal() else which)

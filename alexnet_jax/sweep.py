@@ -53,8 +53,8 @@ class Sweep:
         space: What changes from trial to trial.
         flags: Of `alexnet_jax.main`, for all trials alike.
         seed: Of the search; the trials' own is an option of the config.
-        prune: Whether a trial is stopped after an epoch in which its accuracy was below the median
-            of those before it.
+        prune: Whether a trial is stopped once its best accuracy so far is below the median of what
+            those before it had after as many epochs.
     """
 
     folder: Path

@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from alexnet_jax import checksums
-from alexnet_jax.checkpoint import METRIC, quieten_orbax, reason, unseal
+from alexnet_jax.checkpoint import METRIC, hide_records_of_orbax, reason, unseal
 from alexnet_jax.errors import InputError, show
 
 NEWEST, BEST = "newest", "best"
@@ -62,7 +62,7 @@ def read_weights(
     model_state = {name: value for name, value in wanted.items() if name != "params"}
     kept = {"params": params, "model_state": model_state} if ema else {}
     rest = {"model_state": model_state, "ema": kept}
-    quieten_orbax()
+    hide_records_of_orbax()
     try:
         return _read(directory / str(step), params, rest)
     except InputError:

@@ -147,8 +147,15 @@ class Progress:
 
     PLAIN_SECONDS = 60.0
 
-    def __init__(self, total_steps: int) -> None:
+    def __init__(self, total_steps: int, bar: bool = True) -> None:
+        """Shows nothing yet.
+
+        Args:
+            total_steps: Where the run ends.
+            bar: Whether to draw on a terminal; else there are lines in the log.
+        """
         self._total = total_steps
+        self._hidden = not (bar and sys.stderr.isatty())
         self._bar: tqdm | None = None
 
     def update(self, record: dict[str, Any]) -> None:
@@ -163,7 +170,7 @@ class Progress:
                 initial=step,
                 unit="step",
                 desc="train",
-                disable=not sys.stderr.isatty(),
+                disable=self._hidden,
                 dynamic_ncols=True,
                 smoothing=0.1,
             )
@@ -226,7 +233,7 @@ class RunWriter:
         if folder and tensorboard:
             offset = (folder / METRICS).stat().st_size
             self._open_tensorboard = functools.partial(TensorBoard, folder, offset)
-        self.progress = Progress(total_steps)
+        self.progress = Progress(total_steps, bar=folder is not None)
         self._seconds_before = seconds_before
         self._start = time.monotonic()
         # When the last dispatches were seen to end, and the images of each; the pace is measured

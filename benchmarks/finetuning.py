@@ -50,7 +50,7 @@ def prepare(options: argparse.Namespace, workdir: Path) -> Path:
     from alexnet_jax.data.sources import load_source
 
     data = workdir / "data"
-    if (data / "last5").exists():
+    if any(data.glob("last5/*/dataset_info.json")):  # which is written last
         return data
     config = default_config().data
     config.name, config.data_dir = options.name, options.data_dir

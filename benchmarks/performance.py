@@ -111,13 +111,15 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
+    from alexnet_jax.ops.machine import cpu_name
+
     names = ("jax", "flax", "optax", "numpy", "torch")
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "device": str(jax.devices()[0].device_kind),
         "platform": jax.default_backend(),
-        "processor": _processor(),
+        "processor": cpu_name(),
         "versions": {name: _version(name) for name in names},
     }
     print(json.dumps(found, indent=1))
@@ -314,6 +316,8 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
             sizes.append(now)
         process.send_signal(signal.SIGTERM)
         process.wait()
+    if not sizes:
+        raise SystemExit(f"The run has ended at once, with exit code {process.returncode}.")
     half = len(sizes) // 2
     print(f"peak {peak:.2f} GiB; now {sizes[-1]:.2f}, halfway {sizes[half]:.2f} GiB")
     return {"peak_gib": peak, "gib_each_second": sizes}
@@ -409,14 +413,6 @@ def _data(options: argparse.Namespace, size: int | None = None) -> list[str]:
         f"--config.data.train_split={split}",
         f"--config.data.test_split={'test' if size is None else 'test[:500]'}",
     ]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _version(name: str) -> str | None:

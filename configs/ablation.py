@@ -1,5 +1,7 @@
 """From the classic recipe on CIFAR-10 to the best, one change a row; `:3` is the fourth of them.
 
+The test set stays closed: rows are to choose by.
+
 python scripts/ablation.py
 
 runs them all; a single one:
@@ -63,6 +65,7 @@ def get_config(row: str = "0") -> ConfigDict:
     classic = Path(__file__).with_name("cifar10_classic.py")
     config: ConfigDict = runpy.run_path(str(classic))["get_config"]()
     config.test.views = "flip_translate"
+    config.test.measure = False
     for _, changes in STEPS[: int(row) + 1]:
         config.update_from_flattened_dict(changes)
     return config

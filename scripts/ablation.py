@@ -18,8 +18,8 @@ Each row has a run folder of its own, WORKDIR/NN-name. The same command again sk
 finished and goes on in the one that is not. What follows -- goes to every run. At the end WORKDIR
 holds table.md, comparison.png and comparison.html, as of scripts/compare.py.
 
-The rows are for choosing, so they are told apart on the validation images, which the default holds
-out of the training images; the table has the test accuracy, too, for the last report.
+The rows are for choosing, so they are told apart on validation images, held out of the training
+images, and the test set stays closed; --config.test.measure behind -- opens it, for a last report.
 
 examples:
   python scripts/ablation.py --num_seeds=3 -- --config.data.name=cifar10_jpeg
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--workdir",
-        type=Path,
+        type=programs.path,
         default=Path("runs/ablation"),
         help="holds the run folders (default: runs/ablation)",
     )

@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--workdir",
-        type=Path,
+        type=programs.path,
         default=Path("runs/compare"),
         help="holds the run folders (default: runs/compare)",
     )

@@ -6,9 +6,9 @@ Run `python scripts/export_torchvision.py --help` for what it takes.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from alexnet_jax import programs
+from alexnet_jax.network_options import add_not_averaged, add_run, open_network
 
 _EPILOG = f"""\
 RUN must be of a network that torchvision has, which is config.model.name "alexnet_owt" with its own
@@ -34,10 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code, as --help lists them.
     """
     options = _parser().parse_args(arguments)
-    from alexnet_jax import inference, pretrained  # imports JAX, as --help does not
+    from alexnet_jax import pretrained  # imports JAX, as --help does not
 
-    which = int(options.checkpoint) if options.checkpoint.isdecimal() else options.checkpoint
-    network = inference.load(options.run, checkpoint=which)
+    network = open_network(options)
     state_dict = pretrained.to_torchvision(network.answering.params)
     pretrained.check_model(network.config.model)
     pretrained.write_state_dict(state_dict, options.out)
@@ -61,15 +60,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="the run folder")
+    add_run(parser)
+    add_not_averaged(parser)
     parser.add_argument(
-        "out", metavar="OUT", type=Path, help="the file to write: .safetensors, else PyTorch's"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        default="newest",
-        metavar="WHICH",
-        help='"newest" (default), "best" on the validation images, or a step',
+        "out",
+        metavar="OUT",
+        type=programs.path,
+        help="the file to write: .safetensors, else PyTorch's",
     )
     return parser
 

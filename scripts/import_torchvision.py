@@ -4,6 +4,7 @@ Run `python scripts/import_torchvision.py --help` for what it takes.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{options.workdir} is a run folder now, at step 0: AlexNet with {classes:,} classes, "
         f"convolutions of {found['features']} channels and layers of {found['hidden']} units.\n"
         "Next, to train it on other classes: python -m alexnet_jax.main "
-        f"--config=configs/finetune.py --config.init.run={options.workdir} "
-        "--config.data.name=NAME"
+        + shlex.quote(f"--config=configs/finetune.py:{options.workdir}")
+        + " --config.data.name=NAME"
     )
     return 0
 
@@ -56,12 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", metavar="FILE", type=Path, help="the weights")
-    parser.add_argument("workdir", metavar="OUT", type=Path, help="the run folder to make")
+    parser.add_argument("file", metavar="FILE", type=programs.path, help="the weights")
+    parser.add_argument("workdir", metavar="OUT", type=programs.path, help="the run folder to make")
     parser.add_argument(
         "--class_names",
         metavar="TEXT",
-        type=Path,
+        type=programs.path,
         help="a file with the name of a class in each line, in the order of the labels (default: "
         "the synsets of ImageNet for 1,000 classes, else class_0, class_1, ...)",
     )

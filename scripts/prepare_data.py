@@ -4,6 +4,7 @@ Run `python scripts/prepare_data.py --help` for what it takes.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -86,9 +87,11 @@ def _report(prepared: prepare.Prepared, data_dir: str) -> str:
     ]
     if prepared.ignored:
         lines.append(f"  {prepared.ignored:,} files ignored: no images, or outside the classes")
-    train = "python -m alexnet_jax.main --config=configs/cifar10.py"
-    elsewhere = f" --config.data.data_dir={data_dir}" if data_dir else ""
-    lines.append(f"Next: {train} --config.data.name={prepared.name}{elsewhere}")
+    train = ["python", "-m", "alexnet_jax.main", "--config=configs/cifar10.py"]
+    if prepared.name != "cifar10":  # whose run folder is that config's by default
+        train += [f"--config.data.name={prepared.name}", f"--workdir=runs/{prepared.name}"]
+    train += [f"--config.data.data_dir={data_dir}"] if data_dir else []
+    lines.append(f"Next: {shlex.join(train)}")
     return "\n".join(lines)
 
 

@@ -65,10 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the folder of a run")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=programs.path, help="the folder of a run"
+    )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=programs.path,
         metavar="FILE",
         help="where the page goes (default: RUN/report.html; of several, comparison.html)",
     )

@@ -53,16 +53,18 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folders", metavar="RUN", nargs="+", type=Path, help="a run folder")
+    parser.add_argument(
+        "folders", metavar="RUN", nargs="+", type=programs.path, help="a run folder"
+    )
     parser.add_argument(
         "--into",
-        type=Path,
+        type=programs.path,
         metavar="FILE",
         help="also put the table into this file, between its marks",
     )
     parser.add_argument(
         "--pictures",
-        type=Path,
+        type=programs.path,
         metavar="FOLDER",
         help="below the table, show curves, confusion matrix and classes of each row; their "
         "pictures go here",

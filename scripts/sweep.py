@@ -145,7 +145,10 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=1, metavar="N", help="trained at once (default: 1)"
     )
     parser.add_argument(
-        "--workdir", type=Path, metavar="FOLDER", help="default: runs/<name of the config>-sweep"
+        "--workdir",
+        type=programs.path,
+        metavar="FOLDER",
+        help="default: runs/<name of the config>-sweep",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
     parser.add_argument(

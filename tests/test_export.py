@@ -246,5 +246,12 @@ def test_the_card_says_what_is_known_of_these_very_weights(run, network):
         older = card(alexnet_jax.load(run, checkpoint="best"))
         assert "test:" not in older.split("## Accuracy")[1]
         assert "have not been measured on the test images" in older
+        for part in parts.values():
+            part |= {"accuracy_each": [0.9, 0.7], "loss_each": [0.1, 0.3], "confusion": [[720]]}
+        run_folder.write_json(run / "results.json", results)
+        config = network.config.copy_and_resolve_references()
+        config.num_seeds = 2
+        second = card(dataclasses.replace(network, config=config, replica=1))
+        assert "test: 70.00% of 360 images, cross-entropy 0.3000 nats" in second
     finally:
         (run / "results.json").unlink()

@@ -89,6 +89,10 @@ def test_devices_are_fake_ones_or_a_gpu_each(launcher, monkeypatch):
     visible = {"CUDA_VISIBLE_DEVICES": "2,3,5,7"}
     assert launcher.device_variables(1, 2, 2, visible) == {"CUDA_VISIBLE_DEVICES": "5,7"}
     assert launcher.device_variables(1, 4, 1, visible) == {"CUDA_VISIBLE_DEVICES": "3"}
+    auto = {"JAX_PLATFORMS": "", "CUDA_VISIBLE_DEVICES": "2,3,-1,4"}  # as JAX and CUDA read them
+    assert launcher.device_variables(0, 2, 1, auto) == {"CUDA_VISIBLE_DEVICES": "2"}
+    with pytest.raises(InputError, match="need 3, and there are 2; give fewer"):
+        launcher.device_variables(0, 3, 1, auto)
     with pytest.raises(InputError, match="need 5, and there are 4; give fewer"):
         launcher.device_variables(0, 5, 1, visible)
 

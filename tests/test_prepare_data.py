@@ -1,5 +1,6 @@
 """Preparing data sets: archives, folders, images, and everything that can be wrong with them."""
 
+import contextlib
 import hashlib
 import importlib.util
 import io
@@ -19,6 +20,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from alexnet_jax.config import default_config
 from alexnet_jax.data import builders, images, prepare, trees
 from alexnet_jax.data.sources import load_source
 from alexnet_jax.errors import InputError
@@ -612,6 +614,26 @@ def test_the_old_set_survives_a_kill_while_it_is_replaced(tmp_path):
     folder.rename(prepare._aside(folder))
     with prepare._lone_writer(folder):
         assert prepare.is_prepared(folder)
+    folder.rename(prepare._aside(folder))
+    config = default_config().data
+    config.name, config.data_dir = "pets", str(data_dir)
+    assert len(load_source(config, "train")) == 6
+
+
+def test_of_two_that_prepare_the_same_set_the_second_takes_the_first_ones(tmp_path, monkeypatch):
+    data_dir = str(tmp_path / "tfds")
+    path = write_folder(tmp_path / "pets", tree_files())
+    lone_writer = prepare._lone_writer
+
+    @contextlib.contextmanager
+    def slow_to_get_in(folder):
+        monkeypatch.setattr(prepare, "_lone_writer", lone_writer)
+        assert prepare.prepare_path(path, data_dir=data_dir).is_new
+        with lone_writer(folder):
+            yield
+
+    monkeypatch.setattr(prepare, "_lone_writer", slow_to_get_in)
+    assert not prepare.prepare_path(path, data_dir=data_dir).is_new
 
 
 def test_the_program_reports_and_repeats(tmp_path, capsys):
@@ -627,7 +649,7 @@ def test_the_program_reports_and_repeats(tmp_path, capsys):
         "2 classes: cat, dog",
         str(tmp_path / "tfds" / "pets" / "1.0.0"),
         "1 files ignored",
-        "--config=configs/cifar10.py --config.data.name=pets",
+        "--config=configs/cifar10.py --config.data.name=pets --workdir=runs/pets",
     ):
         assert part in output
     assert main(arguments) == 0

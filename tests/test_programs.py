@@ -186,6 +186,13 @@ def test_training_that_is_stopped_at_once_says_how_to_go_on(monkeypatch, capsys)
 # --- flags for every run ------------------------------------------------------------------------
 
 
+def test_a_path_of_an_option_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/her")
+    assert programs.path("~/runs") == Path("/home/her/runs")
+    with pytest.raises(argparse.ArgumentTypeError, match="'~nobody-of-that-name/x' is in the home"):
+        programs.path("~nobody-of-that-name/x")
+
+
 def test_a_command_line_is_split_at_its_first_dashes(monkeypatch):
     assert programs.split(["a", "--b=1"]) == (["a", "--b=1"], [])
     assert programs.split(["a", "--", "--b", "--", "c"]) == (["a"], ["--b", "--", "c"])

@@ -467,7 +467,11 @@ def test_a_run_of_an_earlier_version_shows_what_it_has(tmp_path):
     assert "<h2>Calibration</h2>" not in page
     assert "<h2>Classes</h2>" in page
     assert not (folder / "report.html").exists()
-    assert not (folder / "figures" / "samples.png").exists()
+    old = folder / "figures" / "samples.png"
+    assert list((folder / "figures").iterdir()) == [old]  # nothing in the run has changed
+    write_report(folder)
+    assert not old.exists()
+    assert (folder / "figures" / "curves.png").exists()
 
 
 @pytest.fixture(scope="module")

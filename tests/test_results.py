@@ -12,7 +12,7 @@ import pytest
 from alexnet_jax import comparison
 from alexnet_jax.config import default_config, flatten
 from alexnet_jax.errors import InputError
-from alexnet_jax.report import figures
+from alexnet_jax.report import figures, measures
 from alexnet_jax.results import BEGIN, END, command, confidence, group, read_run, table
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +110,16 @@ def test_times_are_of_one_hardware(tmp_path):
     assert (found["seeds"], found["training (s)"], found["an epoch (s)"]) == ("3", "110", "6")
     assert found["images/s"] == f"{351 * 128 * 20 / 110:,.0f}"
     assert "; seeds 0, 2 on 2 cores; seed 1 on 1 core." in text
+
+
+def test_records_of_many_seeds_come_apart():
+    train = {"split": "train", "epoch": 1.0, "loss": 2.0}
+    both = {"split": "validation", "epoch": 1.0, "loss": 1.5, "loss_each": [1.0, 2.0]}
+    assert measures.by_seed([train, both | {"loss_deviation": 0.7}]) == [
+        [train, {"split": "validation", "epoch": 1.0, "loss": 1.0, "loss_deviation": 0.7}],
+        [train, {"split": "validation", "epoch": 1.0, "loss": 2.0, "loss_deviation": 0.7}],
+    ]
+    assert measures.by_seed([train]) == [[train]]
 
 
 def test_the_average_of_the_weights_is_what_counts(tmp_path):
@@ -211,8 +221,9 @@ def test_the_ablation_leads_from_classic_to_best():
         dict(flatten(program("configs", name).get_config()))
         for name in ("cifar10_classic", "cifar10_best")
     )
-    assert first == classic | {"test.views": "flip_translate"}
-    assert last == best
+    closed = {"test.measure": False}
+    assert first == classic | {"test.views": "flip_translate"} | closed
+    assert last == best | closed
     for row in range(1, len(ablation.STEPS)):
         assert ablation.get_config(str(row)) != ablation.get_config(str(row - 1))
 

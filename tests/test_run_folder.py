@@ -20,6 +20,7 @@ from alexnet_jax.errors import InputError, SaveFailed
 from alexnet_jax.run_folder import (
     check_dataset,
     format_json,
+    in_use,
     open_run_folder,
     read_json,
     write_json,
@@ -215,17 +216,35 @@ def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_weights_without_a_record_of_training_are_something_to_lose(tmp_path):
+    open_once(tmp_path, config())  # as an import leaves a folder
+    write_json(tmp_path / "saved.json", {"step": 0})
+    write_json(tmp_path / "dataset.json", {"checksums": {"train": "a"}})
+    assert "holds a run with another config" in refusal(tmp_path, config(seed=1))
+    with pytest.raises(InputError, match="have changed since the run"):
+        check_dataset(tmp_path, {"name": "x", "checksums": {"train": "b"}})
+    assert read_json(tmp_path / "config.json")["seed"] == 0
+    assert read_json(tmp_path / "dataset.json") == {"checksums": {"train": "a"}}
+
+
 def test_what_a_kill_left_goes_away(tmp_path):
     open_once(tmp_path, config())
-    (tmp_path / ".results.json.tmp").write_text("{")
-    (tmp_path / ".writable.1.tmp").touch()
+    left_over = [tmp_path / ".results.json.7.tmp", tmp_path / ".writable.1.tmp"]
+    for path in left_over:
+        path.write_text("{")
+        os.utime(path, (0, 0))
+    (tmp_path / ".report.html.8.tmp").touch()  # which another program is writing now
     open_once(tmp_path, config())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json"]
+    left = [".lock", ".report.html.8.tmp", "config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
+    assert not in_use(tmp_path)
     with open_run_folder(tmp_path, config()):
+        assert in_use(tmp_path)
         message = refusal(tmp_path, config(seed=1))
+    assert not in_use(tmp_path)
     assert f"a run is going on in {tmp_path} (process {os.getpid()} on {gethostname()})" in message
     assert read_json(tmp_path / "config.json")["seed"] == 0
     open_once(tmp_path, config(seed=1))

@@ -86,8 +86,8 @@ def prepare_path(
         name: What to call the data set; "" derives it from the path. CIFAR-10 keeps its own.
         data_dir: Root of the prepared data sets; "" for TFDS's usual folder.
         test_fraction: Share of each class that goes to test where the tree has no splits.
-        overwrite: Whether to prepare again what lies there already; the old set stays until the
-            new one is complete.
+        overwrite: Whether to prepare again what lies there already. The old set comes back if that
+            fails; runs that ask for it meanwhile wait.
         progress: Whether to show bars on a terminal.
         cifar10_sha256: The sum to expect for each official archive's name; None for the real ones.
 
@@ -120,17 +120,20 @@ def prepare_path(
         return _describe(folder, ignored=0, is_new=False)
 
     ignored = 0
-    with _lone_writer(folder), _replacing(folder):
-        if is_cifar10:
-            sums = cifar10_sha256 or builders.CIFAR10_SHA256
-            builder: Any = builders.Cifar10Archive(
-                path, data_dir=str(root), sha256=sums, progress=progress
-            )
-        else:
-            layout = trees.find_layout(path, test_fraction, progress=progress)
-            ignored = layout.ignored
-            builder = builders.ClassFolders(name, layout, data_dir=str(root), progress=progress)
-        _run(builder, root, bars=False)
+    with _lone_writer(folder):
+        if is_prepared(folder) and not overwrite:  # Another process was faster.
+            return _describe(folder, ignored=0, is_new=False)
+        with _replacing(folder):
+            if is_cifar10:
+                sums = cifar10_sha256 or builders.CIFAR10_SHA256
+                builder: Any = builders.Cifar10Archive(
+                    path, data_dir=str(root), sha256=sums, progress=progress
+                )
+            else:
+                layout = trees.find_layout(path, test_fraction, progress=progress)
+                ignored = layout.ignored
+                builder = builders.ClassFolders(name, layout, data_dir=str(root), progress=progress)
+            _run(builder, root, bars=False)
     return _describe(folder, ignored=ignored, is_new=True)
 
 
@@ -181,6 +184,25 @@ def prepare_registered(name: str, data_dir: str, progress: bool = True) -> None:
         if not is_prepared(folder):
             check_downloads(builder, root / "downloads")
             _run(builder, root, bars=progress and sys.stderr.isatty())
+
+
+def restore_replaced(name: str, data_dir: str) -> bool:
+    """Brings back a set that was being replaced, unless its new version is there.
+
+    Where it is being replaced now, this waits for the end.
+
+    Args:
+        name: Of the set.
+        data_dir: Root of the prepared data sets; "" for TFDS's usual folder.
+
+    Returns:
+        Whether there was one.
+    """
+    asides = list((data_root(data_dir) / name).glob(f"{_ASIDE}*"))
+    for aside in asides:
+        with _lone_writer(aside.with_name(aside.name.removeprefix(_ASIDE))):
+            pass  # It has seen to that.
+    return bool(asides)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -300,6 +322,9 @@ def _run(builder: Any, root: Path, bars: bool) -> None:
         ) from error
 
 
+_ASIDE = "replaced."  # What the name of a folder begins with while another takes its place.
+
+
 @contextlib.contextmanager
 def _lone_writer(folder: Path) -> Iterator[None]:
     """Lets one process at a time write a data set, and clears what a killed one left.
@@ -341,7 +366,7 @@ def _replacing(folder: Path) -> Iterator[None]:
 
 
 def _aside(folder: Path) -> Path:
-    return folder.with_name(f"replaced.{folder.name}")
+    return folder.with_name(f"{_ASIDE}{folder.name}")
 
 
 def _describe(folder: Path, *, ignored: int, is_new: bool) -> Prepared:

@@ -225,6 +225,8 @@ def _open(name: str, data_dir: str, progress: bool) -> Any:
     if name == prepare.DIGITS:
         prepare.prepare_digits(data_dir)
     builder = _open_prepared(name, data_dir)
+    if builder is None and prepare.restore_replaced(name, data_dir):
+        builder = _open_prepared(name, data_dir)
     if builder is None:
         prepare.prepare_registered(name, data_dir, progress)
         builder = _open_prepared(name, data_dir)

@@ -168,7 +168,6 @@ class AlexNet(nn.Module):
                     )
                 )
             window = (self.pool_window, self.pool_stride) if pool else None
-            window = (self.pool_window, self.pool_stride) if pool else None
             bias_init = biases.get(f"conv{i}", zeros)
             ordinary = self.norm == "none" and self.activation == "relu" and not response_norm
             if ordinary and groups == 1 and padding == kernel // 2:  # pooling in whatever order

@@ -35,6 +35,30 @@ def epoch_curves(records: list[dict[str, Any]], figure: str) -> dict[str, tuple[
     return curves
 
 
+def by_seed(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Takes the records of a run of many seeds apart; of one seed they are left as they are.
+
+    Args:
+        records: Of ``metrics.jsonl``; what was measured of each seed is in "NAME_each".
+
+    Returns:
+        For each seed the records, with its own figures where they are known.
+    """
+    each = "_each"
+    counts = [len(value) for r in records for name, value in r.items() if name.endswith(each)]
+    return [
+        [
+            {
+                name: record[name + each][index] if name + each in record else value
+                for name, value in record.items()
+                if not name.endswith(each)
+            }
+            for record in records
+        ]
+        for index in range(max(counts, default=1))
+    ]
+
+
 def step_curve(records: list[dict[str, Any]], figure: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns (epochs, values) of a figure of the training steps, in their order."""
     found = [r for r in records if r["split"] == "train" and figure in r]

@@ -93,7 +93,8 @@ def write_report(folder: Path, page: Path | None = None) -> Path:
 
     Args:
         folder: The run folder.
-        page: Where the page goes, by default ``report.html`` in the run folder.
+        page: Where the page goes, by default ``report.html`` in the run folder; elsewhere it goes
+            alone, without the figures as files.
 
     Returns:
         Where the page lies.
@@ -103,12 +104,10 @@ def write_report(folder: Path, page: Path | None = None) -> Path:
         SaveFailed: A file cannot be written.
     """
     run = read_run(folder)
-    page = page or run.folder / run_folder.REPORT
-    drawings = _Drawings(run.folder / run_folder.FIGURES)
+    drawings = _Drawings(None if page else run.folder / run_folder.FIGURES)
     content = _render("report.html.jinja", _context(run, drawings))
-    # What an earlier report had and this one has not would only mislead.
-    for old in set(drawings.folder.glob("*.png")) - set(drawings.written):
-        old.unlink()
+    drawings.clear_others()
+    page = page or run.folder / run_folder.REPORT
     write_whole(page, content)
     return page
 
@@ -147,11 +146,17 @@ def write_comparison(folders: list[Path], page: Path) -> Path:
 
 
 class _Drawings:
-    """Figures on their way into the page, each left as a PNG file, too."""
+    """Figures on their way into the page, each left as a PNG file, too, if there is a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.written: list[Path] = []
+
+    def clear_others(self) -> None:
+        """Removes what an earlier report had and this one has not, which would only mislead."""
+        if self.folder:
+            for old in set(self.folder.glob("*.png")) - set(self.written):
+                old.unlink(missing_ok=True)
 
     def figure(self, name: str, figure: "Figure", says: str) -> str:
         self._write(name, figures.png(figure))
@@ -165,7 +170,9 @@ class _Drawings:
         self._write(name, figures.png(figure))
 
     def _write(self, name: str, content: bytes) -> None:
-        self.folder.mkdir(exist_ok=True)
+        if self.folder is None:
+            return
+        run_folder.make_folder(self.folder)
         path = self.folder / f"{name}.png"
         write_whole(path, content)
         self.written.append(path)
