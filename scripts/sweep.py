@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _EPILOG = f"""\
 Each trial is a run in a folder of its own below WORKDIR; the study lies in WORKDIR/study.db.
 Stopped by Ctrl-C, or killed, the same command goes on, also within a trial; so do more --trials. A
-trial whose accuracy after an epoch is below the median of those before it is stopped. What follows
--- goes to every run. At the end there are WORKDIR/trials.csv, sweep.png, and a table.
+trial whose best accuracy so far is below the median of those before it is stopped. What follows --
+goes to every run. At the end there are WORKDIR/trials.csv, sweep.png, and a table.
 
 examples:
   python scripts/sweep.py --config=configs/digits.py --trials=30 --workers=2 \\
