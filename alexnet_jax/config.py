@@ -352,6 +352,27 @@ def _check_together(config: ConfigDict) -> None:
             f"config.optimizer.rate_factors is {optimizer.rate_factors}; it must have one factor "
             f"for each of config.optimizer.rate_patterns, {optimizer.rate_patterns}."
         )
+    if optimizer.muon_unit_filters:
+        if not optimizer.muon_rate:
+            raise InputError(
+                "config.optimizer.muon_unit_filters is True and config.optimizer.muon_rate is 0; "
+                "the first is about Muon's kernels, and needs the second."
+            )
+        if config.model.get("norm") == "none":
+            raise InputError(
+                "config.optimizer.muon_unit_filters is True and config.model.norm is 'none'; it "
+                "holds kernels at one size, so a normalisation must stand behind them: 'batch'."
+            )
+    if optimizer.lookahead_power and not optimizer.lookahead_period:
+        raise InputError(
+            f"config.optimizer.lookahead_power is {optimizer.lookahead_power} and "
+            "config.optimizer.lookahead_period is 0; the first needs the second."
+        )
+    if config.augment.cutout >= input_size(config.data):
+        raise InputError(
+            f"config.augment.cutout is {config.augment.cutout}; it must be less than the side of "
+            f"the images, {input_size(config.data)}."
+        )
     if config.test.views == "ten_crop" and not (
         config.augment.crop_padding or config.data.crop_size
     ):

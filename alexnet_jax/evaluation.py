@@ -122,9 +122,7 @@ def evaluate_network(
     platform = mesh.devices.flat[0].platform
     chosen = ops.choose(config.cpu_kernels, platform, config.model.dtype, devices=mesh.size)
     looks: dict[str, Views | None] = {"": None}
-    if several := create_views(
-        config.test.views, config.augment.crop_padding, config.data.crop_size
-    ):
+    if several := create_views(config):
         looks["_tta"] = several
     module = network.module.clone(ops=chosen)
     programs = {

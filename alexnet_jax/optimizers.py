@@ -1,5 +1,6 @@
 """From a `config.optimizer` section to an Optax schedule and an Optax transformation."""
 
+import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -99,8 +100,17 @@ def check_patterns(config: ConfigDict, params: Any) -> None:
             f"config.optimizer.frozen is {config.frozen}, which is all parameters; leave some to "
             "train."
         )
+    frozen = _matching_any(config.frozen, params) if config.frozen else None
     for pattern, option in patterns.items():
         marks = _matching(pattern, params)
+        if frozen is not None and option != "frozen":
+            trained = jax.tree.map(lambda mark, still: mark and not still, marks, frozen)
+            if any(jax.tree.leaves(marks)) and not any(jax.tree.leaves(trained)):
+                raise InputError(
+                    f"config.optimizer.{option} has {pattern!r}, which matches frozen parameters "
+                    f"alone; leave it out, or let some of them train: config.optimizer.frozen is "
+                    f"{config.frozen}."
+                )
         if not any(jax.tree.leaves(marks)):
             paths = [
                 jax.tree_util.keystr(path, simple=True, separator="/")
@@ -117,6 +127,24 @@ def check_patterns(config: ConfigDict, params: Any) -> None:
                         f"config.optimizer.muon_pattern is {pattern!r}, which matches biases or "
                         "scales, too; Muon is for kernels, such as those of 'conv*/kernel'."
                     )
+
+
+def muon_share(config: ConfigDict, params: Any) -> str:
+    """Says how many of a network's parameters Muon trains; "" if it is off.
+
+    Args:
+        config: The section.
+        params: Of the network; their shapes suffice.
+    """
+    if not config.muon_rate:
+        return ""
+    marks, leaves = jax.tree.leaves(_matching(config.muon_pattern, params)), jax.tree.leaves(params)
+    sizes = [math.prod(leaf.shape) for leaf in leaves]
+    share = sum(size for size, mark in zip(sizes, marks, strict=True) if mark)
+    return (
+        f"Muon trains {share:,} of {sum(sizes):,} parameters, those of {config.muon_pattern!r}; "
+        f"{config.name!r} the rest."
+    )
 
 
 def multiply_rates(patterns: tuple[str, ...], factors: tuple[float, ...]) -> Any:
@@ -200,7 +228,8 @@ def unit_filters(inner: optax.GradientTransformation) -> optax.GradientTransform
     stays what it is, in place of falling as they grow (airbench94_muon, Jordan, 2024).
 
     Args:
-        inner: Makes the updates of kernels [..., O].
+        inner: Makes the updates of kernels [..., O], with all that scales these: behind this, it
+            would scale the way to the norm, too.
     """
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -222,13 +251,12 @@ def _muon(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransfo
         )
 
     relative = config.muon_rate / config.learning_rate
-    main = muon(
+    return muon(
         lambda count: relative * schedule(count),
         beta=config.muon_momentum,
         weight_decay=config.muon_weight_decay,
         muon_weight_dimension_numbers=dimensions,
     )
-    return unit_filters(main) if config.muon_unit_filters else main
 
 
 class PlateauState(NamedTuple):
@@ -307,8 +335,8 @@ def create_optimizer(
     "sgd_2012" differs where the learning rate e changes, which stands inside of the momentum:
     v = m v - e (d w + g), w = w + v (Krizhevsky, Sutskever and Hinton, 2012, section 5). Where
     `muon_rate` is not 0, Muon takes their place for the kernels of `muon_pattern`. Around them
-    stand, from the inside, the factors of `rate_patterns`, `lookahead`, clipping, accumulation;
-    and parameters that are `frozen` have no part in any of it.
+    stand, from the inside, the factors of `rate_patterns`, Muon's `unit_filters`, `lookahead`,
+    clipping, accumulation; and parameters that are `frozen` have no part in any of it.
 
     Args:
         config: The section.
@@ -319,6 +347,11 @@ def create_optimizer(
 
     def lowered(main: optax.GradientTransformation) -> optax.GradientTransformation:
         return optax.chain(main, scale_by_plateau()) if plateau else main
+
+    def multiplied(main: optax.GradientTransformation) -> optax.GradientTransformation:
+        if not config.rate_patterns:
+            return main
+        return optax.chain(main, multiply_rates(config.rate_patterns, config.rate_factors))
 
     if config.name == "adam":
         main = optax.adam(schedule, config.b1, config.b2, config.eps)
@@ -344,13 +377,13 @@ def create_optimizer(
         )
     if config.name != "sgd_2012":
         main = lowered(main)
+    main = multiplied(main)
     if config.muon_rate:
+        kernels = multiplied(lowered(_muon(config, schedule)))
         main = optax.partition(
-            {True: lowered(_muon(config, schedule)), False: main},
+            {True: unit_filters(kernels) if config.muon_unit_filters else kernels, False: main},
             lambda params: _matching(config.muon_pattern, params),
         )
-    if config.rate_patterns:
-        main = optax.chain(main, multiply_rates(config.rate_patterns, config.rate_factors))
     if config.lookahead_period:
         updates = max(1, steps // config.accumulate_steps)
         main = lookahead(

@@ -45,6 +45,7 @@ from alexnet_jax.optimizers import (
     after_validation,
     create_optimizer,
     create_schedule,
+    muon_share,
     plateau_factor,
 )
 from alexnet_jax.report import evidence
@@ -131,6 +132,8 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         if first:
             run_folder.check_dataset(folder, data.info)
     processes.same_everywhere(data.info, "the data set")
+    # By the memory of each, unless config.data.resident says so; the programs would not meet.
+    processes.same_everywhere(data.resident, "which of the images fit into the memory")
     steps_per_epoch = data.steps_per_epoch
 
     platform = mesh.devices.flat[0].platform
@@ -152,6 +155,8 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         shapes = _shapes_of_one(config, state).variables
         description = describe(model, _input_shape(config), shapes)
         log.info("%s", description)
+        if share := muon_share(config.optimizer, shapes["params"]):
+            log.info("%s", share)
         with processes.together():
             if first:
                 evidence.write_environment(
@@ -291,7 +296,7 @@ def _build(
         return create_one(config.seed)
 
     measures = {"": measure(None)}
-    if views := create_views(config.test.views, config.augment.crop_padding, config.data.crop_size):
+    if views := create_views(config):
         measures["_tta"] = measure(views)
     return Programs(
         create=create,

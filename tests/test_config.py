@@ -243,6 +243,13 @@ def test_every_number_has_a_rule():
             ("augment.crop_padding", "data.crop_size, 24"),
         ),
         ({"data__crop_size": 33}, ("data.crop_size", "data.image_size, 32")),
+        ({"optimizer__muon_unit_filters": True}, ("muon_unit_filters", "muon_rate is 0")),
+        (
+            {"optimizer__muon_unit_filters": True, "optimizer__muon_rate": 0.1},
+            ("muon_unit_filters", "model.norm is 'none'", "'batch'"),
+        ),
+        ({"optimizer__lookahead_power": 3.0}, ("lookahead_power is 3.0", "lookahead_period is 0")),
+        ({"augment__cutout": 32}, ("augment.cutout is 32", "less than", "32")),
         (
             {"optimizer__schedule": "plateau", "data__validation_fraction": 0.0},
             ("optimizer.schedule", "data.validation_fraction"),

@@ -15,6 +15,7 @@ from alexnet_jax.optimizers import (
     create_schedule,
     kernels_only,
     lookahead,
+    muon_share,
     plateau_factor,
 )
 
@@ -242,6 +243,11 @@ def test_muon_follows_the_schedule():
         ),
         ({"muon_rate": 1.0, "muon_pattern": "x"}, "muon_pattern has 'x', .* conv1/bias, conv1/ker"),
         ({"muon_rate": 1.0, "muon_pattern": "conv*"}, r"'conv\*', which matches biases or scales"),
+        ({"muon_rate": 1.0, "frozen": ("conv*",)}, "muon_pattern has .* matches frozen parameters"),
+        (
+            {"rate_patterns": ("conv1/*",), "rate_factors": (2.0,), "frozen": ("conv1/*",)},
+            "rate_patterns has 'conv1/.*', which matches frozen parameters alone",
+        ),
     ],
 )
 def test_patterns_that_cannot_be_meant_are_refused(options, says):
@@ -295,8 +301,48 @@ def test_a_plateau_scales_the_updates():
 def test_other_schedules_do_not_go_by_the_accuracy():
     config = section(schedule="cosine")
     state = create_optimizer(config, optax.constant_schedule(1.0)).init(PARAMS)
-    assert after_validation(state, 0.5, config) is not None
+    after = after_validation(state, 0.5, config)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
     assert plateau_factor(state) == 1
+
+
+@pytest.mark.parametrize("factor", [0.1, 3.0])
+def test_what_scales_the_rate_leaves_filters_at_their_norm(factor):
+    options = section(
+        name="sgd",
+        momentum=0.0,
+        learning_rate=1.0,
+        muon_rate=0.02,
+        muon_unit_filters=True,
+        rate_patterns=("conv1/*",),
+        rate_factors=(factor,),
+        schedule="plateau",
+        plateau_epochs=1,
+        step_factor=0.5,
+    )
+    optimizer = create_optimizer(options, optax.constant_schedule(1.0))
+    params, gradients = random_like(PARAMS, 0), random_like(PARAMS, 1)
+    state = optimizer.init(params)
+    for _ in range(2):
+        state = after_validation(state, 0.5, options)
+    for _ in range(4):
+        updates, state = optimizer.update(gradients, state, params)
+        before = np.asarray(params["conv1"]["kernel"])
+        params = optax.apply_updates(params, updates)
+        unit = before * (2 / np.linalg.norm(before))  # 4 ** 0.5
+        # The orthogonalised matrix has 4 rows, each of a norm about 1.
+        moved = np.linalg.norm(np.asarray(params["conv1"]["kernel"]) - unit)
+        assert moved == pytest.approx(0.02 * factor * 0.5 * 2, rel=0.3)
+    bias = updates["conv1"]["bias"]
+    np.testing.assert_allclose(bias, -factor * 0.5 * gradients["conv1"]["bias"], rtol=1e-6)
+
+
+def test_muon_says_what_it_trains():
+    assert muon_share(section(), PARAMS) == ""
+    sizes = [leaf.size for leaf in jax.tree.leaves(PARAMS)]
+    says = muon_share(section(muon_rate=0.1), PARAMS)
+    assert says.startswith(f"Muon trains {PARAMS['conv1']['kernel'].size} of {sum(sizes)} param")
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_steps": 2, "clip_norm": 1.0}])

@@ -12,6 +12,22 @@ Augment = Callable[[Array, Array], Array]  # (key, uint8[B, H, W, C]) -> [B, h, 
 Normalize = Callable[[Array], Array]  # [B, H, W, C] on the scale 0..255 -> float32[B, h, w, C]
 
 
+def with_border(images: Array, padding: int, fill: str = "reflect") -> Array:
+    """Puts a border around images.
+
+    Args:
+        images: [B, H, W, C].
+        padding: Pixels on each side; by reflection less than H and W.
+        fill: "reflect" fills by reflection, "black" with zeros.
+
+    Returns:
+        [B, H + 2 padding, W + 2 padding, C].
+    """
+    edge = (padding, padding)
+    mode = "reflect" if fill == "reflect" else "constant"
+    return jnp.pad(images, ((0, 0), edge, edge, (0, 0)), mode=mode)
+
+
 def random_crop(key: Array, images: Array, padding: int, fill: str = "reflect") -> Array:
     """Shifts each image by up to `padding` pixels, and fills the border.
 
@@ -19,15 +35,13 @@ def random_crop(key: Array, images: Array, padding: int, fill: str = "reflect") 
         key: Random key.
         images: [B, H, W, C].
         padding: Largest shift in pixels, less than H and W.
-        fill: "reflect" fills by reflection, "black" with zeros.
+        fill: As of `with_border`.
 
     Returns:
         [B, H, W, C], as if each image had been padded on all sides and cropped at random.
     """
     batch, height, width, channels = images.shape
-    edge = (padding, padding)
-    mode = "reflect" if fill == "reflect" else "constant"
-    padded = jnp.pad(images, ((0, 0), edge, edge, (0, 0)), mode=mode)
+    padded = with_border(images, padding, fill)
     corners = jax.random.randint(key, (batch, 2), 0, 2 * padding + 1)
 
     def crop(image: Array, corner: Array) -> Array:

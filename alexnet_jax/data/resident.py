@@ -90,6 +90,7 @@ class RunData(NamedTuple):
             is not to see it.
         info: What ``dataset.json`` holds: names of the classes, shape, mean and deviation,
             principal colours where they are asked for, checksums of the files.
+        resident: By split, whether its images lie on the devices, or are streamed.
     """
 
     train: ResidentDataset | StreamedDataset
@@ -98,6 +99,7 @@ class RunData(NamedTuple):
     validation: list[batches.Batch] | StreamedBatches
     read_test: Callable[[], list[batches.Batch] | StreamedBatches] | None
     info: dict[str, Any]
+    resident: dict[str, bool]
 
     def examples(self, count: int) -> np.ndarray:
         """Returns training images uint8[count, S, S, 3] to look at, evenly spaced in the set."""
@@ -189,6 +191,14 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
             "checksums": {"train": source.checksum()} | ({"test": test.checksum()} if test else {}),
             "images": {"train": len(first), "validation": len(second)}
             | ({"test": len(test)} if test else {}),
+        },
+        resident={
+            split: _is_resident(config.data, size, mesh)
+            for split, size in (
+                ("train", len(source)),
+                ("validation", len(second)),
+                ("test", len(test) if test else 0),
+            )
         },
     )
 

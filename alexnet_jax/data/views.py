@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from ml_collections import ConfigDict
+
+from alexnet_jax.data.augment import centre, with_border
 
 VIEWS = ("none", "flip", "flip_translate", "ten_crop")
 
@@ -27,31 +30,49 @@ def _mirrored(views: list[Array]) -> Array:
     return jnp.stack([view for each in views for view in (each, each[:, :, ::-1])])
 
 
-def _shifted(images: Array, padding: int, corners: list[tuple[int, int]]) -> list[Array]:
-    """Cuts windows of the images' size, by corner, out of images with a reflected border."""
-    edge = (padding, padding)
-    padded = jnp.pad(images, ((0, 0), edge, edge, (0, 0)), mode="reflect")
+def _shifted(
+    images: Array, padding: int, corners: list[tuple[int, int]], fill: str = "reflect"
+) -> list[Array]:
+    """Cuts windows of the images' size, by corner, out of images with a border."""
+    padded = with_border(images, padding, fill)
     height, width = images.shape[1:3]
     return [padded[:, y : y + height, x : x + width] for y, x in corners]
 
 
-def flip(images: Array) -> Array:
-    """The image and its mirror image: uint8[B, H, W, C] to uint8[2, B, H, W, C]."""
-    return _mirrored([images])
+def _centres(views: list[Array], size: int) -> list[Array]:
+    # Before they are mirrored: with an odd margin the middle of a mirror image is another.
+    return [centre(view, size) for view in views] if size else views
 
 
-def flip_translate(images: Array) -> Array:
-    """The same of the image, and shifted by a pixel up and left, and down and right: 6 views."""
-    return _mirrored([images, *_shifted(images, 1, [(0, 0), (2, 2)])])
+def flip(images: Array, size: int = 0) -> Array:
+    """The image and its mirror image.
+
+    Args:
+        images: uint8[B, H, W, C].
+        size: Side of the middle of it that is seen; 0 is all.
+
+    Returns:
+        uint8[2, B, h, w, C].
+    """
+    return _mirrored(_centres([images], size))
 
 
-def ten_crop(images: Array, padding: int, size: int = 0) -> Array:
+def flip_translate(images: Array, size: int = 0) -> Array:
+    """As `flip`, also of the image shifted by a pixel up and left, and down and right: 6 views."""
+    return _mirrored(_centres([images, *_shifted(images, 1, [(0, 0), (2, 2)])], size))
+
+
+def ten_crop(images: Array, padding: int, size: int = 0, fill: str = "reflect") -> Array:
     """The four corners and the centre of each image, and their mirror images: 10 views.
 
     Args:
         images: uint8[B, H, W, C].
-        padding: Pixels of reflected border that the image gets first; of no account with `size`.
+        padding: Pixels of border that the image gets first; of no account with `size`.
         size: Side of the crops; 0 is that of the image.
+        fill: Of the border, as of `augment.with_border`.
+
+    Returns:
+        uint8[10, B, h, w, C].
     """
     if size:
         bottom, right = (side - size for side in images.shape[1:3])
@@ -59,7 +80,7 @@ def ten_crop(images: Array, padding: int, size: int = 0) -> Array:
         return _mirrored([images[:, y : y + size, x : x + size] for y, x in corners])
     far = 2 * padding
     corners = [(0, 0), (0, far), (far, 0), (far, far), (padding, padding)]
-    return _mirrored(_shifted(images, padding, corners))
+    return _mirrored(_shifted(images, padding, corners, fill))
 
 
 def mean_logits(weights: tuple[float, ...]) -> Callable[[Array], Array]:
@@ -72,23 +93,28 @@ def mean_softmax(logits: Array) -> Array:
     return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - np.log(len(logits))
 
 
-def create_views(name: str, padding: int = 4, crop_size: int = 0) -> Views | None:
-    """Returns the views of a name.
+def create_views(config: ConfigDict) -> Views | None:
+    """Returns the views that a config names; None for "none".
 
     "flip" and "flip_translate" are levels 1 and 2 of airbench (Jordan, 2024): logits are averaged,
     with half of the weight on the image that is not shifted. "ten_crop" is that of Krizhevsky,
-    Sutskever and Hinton (2012): the softmax is averaged.
+    Sutskever and Hinton (2012): the softmax is averaged; its crops are of `data.crop_size`, or of
+    images with the border that they had in training.
 
     Args:
-        name: One of `VIEWS`; "none" is None.
-        padding: Pixels of reflected border around the image that "ten_crop" cuts from; that of
-            `config.augment.crop_padding` shows the network what it was trained on.
-        crop_size: `config.data.crop_size`: where it is not 0, "ten_crop" cuts out so much.
+        config: The whole config; `test.views`, `data.crop_size` and the border of `augment` are
+            used.
     """
-    if name == "flip":
-        return Views(flip, mean_logits((1 / 2,) * 2))
-    if name == "flip_translate":
-        return Views(flip_translate, mean_logits((1 / 4,) * 2 + (1 / 8,) * 4))
-    if name == "ten_crop":
-        return Views(lambda images: ten_crop(images, padding, crop_size), mean_softmax)
+    size, border = config.data.crop_size, config.augment
+    match config.test.views:
+        case "flip":
+            return Views(lambda images: flip(images, size), mean_logits((1 / 2,) * 2))
+        case "flip_translate":
+            weights = (1 / 4,) * 2 + (1 / 8,) * 4
+            return Views(lambda images: flip_translate(images, size), mean_logits(weights))
+        case "ten_crop":
+            return Views(
+                lambda images: ten_crop(images, border.crop_padding, size, border.crop_fill),
+                mean_softmax,
+            )
     return None
