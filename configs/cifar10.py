@@ -2,7 +2,8 @@
 
 python -m alexnet_jax.main --config=configs/cifar10.py
 
-Not yet measured on the test set: docs/results.md says how it will be.
+Not yet measured on the test set: docs/results.md says how it will be. On the JPEG copy one seed,
+trained on 45,000 images, had 87.46% of the 5,000 validation images right, 88.70% with views.
 """
 
 from ml_collections import ConfigDict
@@ -17,9 +18,14 @@ def get_config() -> ConfigDict:
     # computed of what has the most pixels.
     config.model.whitening = 2
     config.model.whitening_bias = False
-    config.model.features = (32, 64, 144, 144, 144)
+    # Channels are cheap where there are few pixels, so the last two layers are wide, and small.
+    config.model.features = (32, 64, 144, 288, 288)
+    config.model.pools = (True, True, True, False, True)
     config.model.hidden = (256, 256)
     config.model.norm = "batch"
+    config.model.norm_scale = False
+    config.model.norm_momentum = 0.6
+    config.model.activation = "gelu"
     config.model.pool_first = True
     config.model.kernel_init = "dirac"
     config.model.dropout = 0.0  # in 20 epochs it would cost more than it brings
@@ -29,7 +35,11 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_epochs = 1.0
-    config.optimizer.weight_decay = 0.05
+    config.optimizer.weight_decay = 0.08
+    # Normalisation makes a kernel's scale nothing, so that a high rate costs no stability; with the
+    # decay it does what Muon does here.
+    config.optimizer.rate_patterns = ("norm*/bias", "conv*/kernel")
+    config.optimizer.rate_factors = (10.0, 4.0)
     config.train.label_smoothing = 0.1
     config.test.views = "flip_translate"
     return config
