@@ -187,7 +187,8 @@ def lookahead(
     """Every few updates takes a step from slow weights towards the fast ones, which go on there.
 
     Zhang et al. (2019), "Lookahead Optimizer: k steps forward, 1 step back", with a step size that
-    may change, as airbench's does. Optax's own wants pairs of parameters where a network is
+    may change, as airbench's does, which averages the statistics of batch normalisation, too; here
+    these stay those of the latest batches. Optax's own wants pairs of parameters where a network is
     applied; this one keeps the slow weights in its state.
 
     Args:

@@ -105,7 +105,7 @@ def create_views(config: ConfigDict) -> Views | None:
         config: The whole config; `test.views`, `data.crop_size` and the border of `augment` are
             used.
     """
-    size, border = config.data.crop_size, config.augment
+    size, augment = config.data.crop_size, config.augment
     match config.test.views:
         case "flip":
             return Views(lambda images: flip(images, size), mean_logits((1 / 2,) * 2))
@@ -114,7 +114,7 @@ def create_views(config: ConfigDict) -> Views | None:
             return Views(lambda images: flip_translate(images, size), mean_logits(weights))
         case "ten_crop":
             return Views(
-                lambda images: ten_crop(images, border.crop_padding, size, border.crop_fill),
+                lambda images: ten_crop(images, augment.crop_padding, size, augment.crop_fill),
                 mean_softmax,
             )
     return None
