@@ -2,6 +2,8 @@
 
 Orbax restores a flipped bit or another dtype without a word, so every array is saved with a
 checksum, dtype and shape, and none is used that does not agree with them.
+
+Orbax takes a quarter of a second to import, so every import of it stands inside a function.
 """
 
 import functools
@@ -19,9 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from jax.sharding import Sharding
-from orbax.checkpoint import checkpoint_managers as policies
 
 from alexnet_jax import checksums
 from alexnet_jax.errors import InputError, SaveFailed
@@ -52,8 +52,26 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path) -> None:
-        """Opens the folder, creating it if need be, and removes what a kill left half-written."""
+        """Takes the folder, which `open`, or the first need of it, opens."""
         quieten_orbax()
+        self.directory = directory.absolute()  # a relative path fails later, on Orbax's thread
+        self._marker = self.directory.with_name(SAVED)
+        self._under_way: int | None = None  # the step being saved
+        self._failure: tuple[int, str] | None = None  # of the last save: its step, and why
+        self._again: Callable[[], bool] | None = None  # starts the last save anew
+        self._writes = jax.process_index() == 0
+        self._opened: Any = None
+
+    def open(self) -> None:
+        """Creates the folder if need be, and removes what a kill left half-written.
+
+        It takes a quarter of a second at first, and nothing once it has been done.
+        """
+        if self._opened is not None:
+            return
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers as policies
+
         keep = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(NEWEST_KEPT),
@@ -64,15 +82,9 @@ class Checkpoints:
                 ),
             ]
         )
-        self.directory = directory.absolute()  # a relative path fails later, on Orbax's thread
-        self._marker = self.directory.with_name(SAVED)
-        self._under_way: int | None = None  # the step being saved
-        self._failure: tuple[int, str] | None = None  # of the last save: its step, and why
-        self._again: Callable[[], bool] | None = None  # starts the last save anew
-        self._writes = jax.process_index() == 0
         if self._writes:
             self._drop_damaged_metrics()
-        self._manager = ocp.CheckpointManager(
+        self._opened = ocp.CheckpointManager(
             self.directory,
             item_handlers={  # told beforehand, so that shapes can be read without the arrays
                 "params": ocp.StandardCheckpointHandler(),
@@ -87,6 +99,11 @@ class Checkpoints:
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             ),
         )
+
+    @property
+    def _manager(self) -> Any:
+        self.open()
+        return self._opened
 
     def save(
         self, state: TrainState, progress: dict[str, Any], accuracy: float | None = None
@@ -104,6 +121,8 @@ class Checkpoints:
         Raises:
             RuntimeError: The folder already holds this or a later step.
         """
+        import orbax.checkpoint as ocp
+
         self._settle()
         step = state.steps_taken
         latest = self._manager.latest_step()
@@ -194,7 +213,9 @@ class Checkpoints:
         Raises:
             InputError: A checkpoint is of another network, none can be read, or all are gone.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = []
+        if any(path.name.isdigit() for path in self.directory.glob("*")):
+            steps = sorted(self._manager.all_steps(), reverse=True)
         known = (read_json(self._marker) or {}).get("step")
         if known is not None and known not in steps:
             if not steps:
@@ -228,6 +249,8 @@ class Checkpoints:
     def _restore_step(
         self, step: int, template: TrainState, sharding: Sharding
     ) -> tuple[TrainState, dict[str, Any]]:
+        import orbax.checkpoint as ocp
+
         def abstract(tree: Any) -> Any:
             return jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
@@ -322,6 +345,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the saves under way and lets the folder go."""
         self._settle()
+        if self._opened is None:
+            return
         for _ in range(2):  # a second time where a save that failed, which was told of, stops it
             with suppress(Exception):
                 self._manager.close()

@@ -6,6 +6,7 @@ Nothing here imports JAX, so that --help is quick.
 import argparse
 import errno
 import functools
+import gc
 import os
 import select
 import sys
@@ -29,6 +30,10 @@ EXIT_CODES = (
 )
 
 _CODES = {InputError: EXIT_BAD_INPUT, Diverged: EXIT_DIVERGED, SaveFailed: EXIT_NOT_SAVED}
+
+# Imports and tracing make objects by the hundred thousand, nearly all to stay. With Python's own
+# threshold of 700 the search for garbage among them took 6% of the start of a training run, 0.4 s.
+_GARBAGE_THRESHOLD = 10_000
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -57,6 +62,7 @@ def entry_point(
         @functools.wraps(main)
         def program(*args: P.args, **kwargs: P.kwargs) -> int:
             code = 0
+            gc.set_threshold(_GARBAGE_THRESHOLD)
             try:
                 try:
                     code = main(*args, **kwargs) or 0

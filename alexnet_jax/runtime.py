@@ -22,6 +22,12 @@ def prepare() -> list[str]:
     return [note for note in (keep_freed_memory(), keep_compiled_programs()) if note]
 
 
+def cache_folder() -> Path:
+    """Returns where the user's own cache of this library lies, which may not be there yet."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "alexnet_jax"
+
+
 def keep_freed_memory() -> str:
     """Lets glibc reuse the memory of one step in the next, not return it to the system between.
 
@@ -52,8 +58,7 @@ def keep_compiled_programs() -> str:
     given = jax.config.values
     if not given["jax_enable_compilation_cache"] or given["jax_compilation_cache_dir"]:
         return ""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "alexnet_jax" / "programs"
+    folder = cache_folder() / "programs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_torn(folder)

@@ -420,6 +420,8 @@ def _loop(
             count = min(per_dispatch - position % per_dispatch, steps_per_epoch - position)
             state, metrics = programs.advance(count)(state, feed(step))
             step += count
+            if not begun:
+                checkpoints.open()  # while the device computes
             checkpoints.look()
             if pending:  # one dispatch late, so that the device always has work
                 tell(*pending)

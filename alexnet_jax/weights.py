@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 
 from alexnet_jax import checksums
 from alexnet_jax.checkpoint import METRIC, hide_records_of_orbax, reason, unseal
@@ -76,6 +75,8 @@ def read_weights(
 
 
 def _read(folder: Path, params: Any, rest: dict[str, Any]) -> Weights:
+    import orbax.checkpoint as ocp  # takes a quarter of a second
+
     content = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "progress")
     _, saved = unseal(content, folder)
     if saved is not None:
@@ -101,6 +102,8 @@ def _read(folder: Path, params: Any, rest: dict[str, Any]) -> Weights:
 def _restore(item: Path, wanted: Any) -> Any:
     if not jax.tree.leaves(wanted):  # Orbax does not open an item for nothing
         return wanted
+    import orbax.checkpoint as ocp
+
     handler = ocp.PyTreeCheckpointHandler()
     return ocp.Checkpointer(handler).restore(
         item,

@@ -28,6 +28,7 @@ for _name, _value in {
 }.items():
     jax.config.update(_name, _value)
     os.environ[_name.upper()] = str(_value)
+os.environ["XDG_CACHE_HOME"] = _CACHE.name  # for what else is kept in the user's cache
 
 # The same examples every time; `--hypothesis-profile=thousand` tries many more.
 _COMMON = {"derandomize": True, "deadline": None, "database": None}

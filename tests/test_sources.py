@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -19,7 +20,8 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from alexnet_jax.data import downloads, prepare
+from alexnet_jax import runtime
+from alexnet_jax.data import downloads, prepare, sources
 from alexnet_jax.data.sources import load_source
 from alexnet_jax.errors import InputError
 
@@ -302,6 +304,97 @@ def test_damage_to_a_record_is_a_sentence(stripes_dir):
         source.read_all()
 
 
+# --- what TFDS said, kept -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(stripes_dir, monkeypatch, tmp_path):
+    """The splits that TFDS is asked for, after a first opening of stripes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    load_source(config(stripes_dir, "stripes"), "train")
+    found, ask = [], sources._ask_tfds
+
+    def noting(name, data_dir, split, progress):
+        found.append(split)
+        return ask(name, data_dir, split, progress)
+
+    monkeypatch.setattr(sources, "_ask_tfds", noting)
+    return found
+
+
+def test_what_was_opened_before_is_opened_without_tfds(asked, stripes_dir):
+    first = load_source(config(stripes_dir, "stripes"), "train")
+    assert not asked
+    code = f"""
+import sys
+sys.modules["tensorflow_datasets"] = None  # an import of it fails
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from ml_collections import ConfigDict
+from alexnet_jax.data.sources import load_source
+source = load_source(ConfigDict({config(stripes_dir, "stripes").to_dict()!r}), "train")
+print(source.name, source.class_names, source.fingerprint, len(source), source.records[5].hex())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    expected = (first.name, first.class_names, first.fingerprint, 6, first.records[5].hex())
+    assert done.stdout.strip() == " ".join(map(str, expected))
+
+
+def test_tfds_is_asked_for_every_split_once(asked, stripes_dir):
+    for split in ("test", "train[:50%]", "test", "train[:50%]", "train"):
+        load_source(config(stripes_dir, "stripes"), split)
+    assert asked == ["test", "train[:50%]"]
+    assert len(load_source(config(stripes_dir, "stripes"), "train[:50%]")) == 3
+
+
+def newer_version(folder):
+    shutil.copytree(folder, folder.with_name("1.0.1"))
+    info = folder.with_name("1.0.1") / "dataset_info.json"
+    info.write_text(info.read_text().replace("1.0.0", "1.0.1"))
+
+
+def other_names(folder):
+    (folder / "label.labels.txt").write_text("left\nright\n")
+
+
+def prepared_again(folder):
+    """As `scripts/prepare_data.py --overwrite` leaves it."""
+    tree = folder.parents[2] / "stripes"
+    (tree / "a").rename(tree / "z")
+    prepare.prepare_path(tree, data_dir=str(folder.parents[1]), test_fraction=0.5, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "folder", "names"),
+    [
+        (newer_version, "1.0.1", ("a", "b")),
+        (other_names, "1.0.0", ("left", "right")),
+        (prepared_again, "1.0.0", ("b", "z")),
+    ],
+)
+def test_tfds_is_asked_again_after_any_change(asked, stripes_dir, change, folder, names):
+    change(stripes_dir / "stripes" / "1.0.0")
+    source = load_source(config(stripes_dir, "stripes"), "train")
+    assert asked == ["train"]
+    assert (Path(source.folder).name, source.class_names) == (folder, names)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"layout": {}}', '{"layout": {"folder": "/"}}'])
+def test_a_damaged_file_of_the_cache_is_replaced(asked, stripes_dir, content):
+    (file,) = (runtime.cache_folder() / "layouts").iterdir()
+    file.write_text(content)
+    for _ in range(2):
+        assert len(load_source(config(stripes_dir, "stripes"), "train")) == 6
+    assert asked == ["train"]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(asked, stripes_dir, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(load_source(config(stripes_dir, "stripes"), "train")) == 6
+    assert asked == ["train"]
+
+
 # --- TFRecord -----------------------------------------------------------------------------------
 
 
@@ -497,7 +590,8 @@ def test_everything_works_without_tensorflow(tmp_path):
         + f"""
 from pathlib import Path
 import test_sources, test_prepare_data
-from alexnet_jax.data import downloads, prepare
+from alexnet_jax import runtime
+from alexnet_jax.data import downloads, prepare, sources
 from alexnet_jax.data.sources import load_source
 
 tmp_path = Path({str(tmp_path)!r})
@@ -523,7 +617,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 import test_sources, test_prepare_data
-from alexnet_jax.data import downloads, prepare
+from alexnet_jax import runtime
+from alexnet_jax.data import downloads, prepare, sources
 from alexnet_jax.data.sources import load_source
 from tensorflow_datasets.image_classification.cifar import Cifar10
 

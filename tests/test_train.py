@@ -558,6 +558,27 @@ def test_another_architecture_is_refused(config, unfinished):
         train_and_evaluate(config, unfinished)
 
 
+def test_the_first_step_waits_for_nothing_that_it_does_not_need(tmp_path):
+    """TFDS and Orbax are imported when they are needed, and TensorFlow never."""
+    code = """
+        import sys
+        from alexnet_jax import main, train
+        from alexnet_jax.data import cache
+        cache.WORTH_KEEPING = 0  # as if the digits were larger
+        def loop(*args):
+            print(sorted({"orbax", "tensorflow", "tensorflow_datasets"} & sys.modules.keys()))
+            raise SystemExit(0)
+        train._loop = loop
+        sys.argv = ["main", *sys.argv[1:]]
+        main.run()
+    """
+    changes = ["--config=configs/digits.py", f"--config.data.data_dir={tmp_path / 'data'}", *SMALL]
+    for run in ("first", "second"):
+        done = run_python(code, *changes, f"--workdir={tmp_path / run}")
+        assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
+
+
 def test_import_and_run_without_tensorflow(config, tmp_path):
     code = """
         import importlib.machinery, sys

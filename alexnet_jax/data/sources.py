@@ -1,7 +1,7 @@
 """Data sets by name: prepared if need be, then read at random as square RGB images.
 
 Reading needs TFDS but never TensorFlow. TFDS takes half a second to import, so every import of it
-stands inside a function.
+stands inside a function, and a set that was opened before is opened without it (`layouts`).
 """
 
 import dataclasses
@@ -15,8 +15,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from alexnet_jax.data import prepare
+from alexnet_jax.data import layouts, prepare
 from alexnet_jax.data.images import decode
+from alexnet_jax.data.layouts import Layout, Shard
 from alexnet_jax.errors import InputError
 
 # What a checksum reads of a larger set, in blocks spread evenly; 0.1 s where the system has the
@@ -204,24 +205,42 @@ def load_source(config: ConfigDict, split: str, *, progress: bool = True) -> Sou
     """
     if config.image_size < 1:
         raise InputError(f"config.data.image_size is {config.image_size}; it must be at least 1.")
-    builder = _open(config.name, config.data_dir, progress)
-    image_key, label_key = _image_and_label(builder.info)
+    prepare.check_name(config.name)
+    layout = layouts.kept(
+        prepare.data_root(config.data_dir),
+        config.name,
+        split,
+        lambda: _ask_tfds(config.name, config.data_dir, split, progress),
+    )
     return Source(
-        name=f"{builder.info.name} {split}",
-        class_names=_class_names(builder, label_key),
+        name=f"{layout.name} {split}",
+        class_names=layout.class_names,
         image_size=config.image_size,
-        records=_records(builder, split),
-        files=tuple(Path(part.filename) for part in builder.info.splits[split].file_instructions),
-        image_key=image_key,
-        label_key=label_key,
-        folder=str(builder.data_dir),
-        fingerprint=_fingerprint(builder, split),
+        records=_open(layout.shards),
+        files=tuple(Path(shard.filename) for shard in layout.shards),
+        image_key=layout.image_key,
+        label_key=layout.label_key,
+        folder=layout.folder,
+        fingerprint=_fingerprint(layout.shards),
     )
 
 
-def _open(name: str, data_dir: str, progress: bool) -> Any:
+def _ask_tfds(name: str, data_dir: str, split: str, progress: bool) -> Layout:
+    """Returns how a split lies in its files, which are prepared first where they are not yet."""
+    builder = _builder(name, data_dir, progress)
+    image_key, label_key = _image_and_label(builder.info)
+    return Layout(
+        name=builder.info.name,
+        folder=str(builder.data_dir),
+        class_names=_class_names(builder, label_key),
+        image_key=image_key,
+        label_key=label_key,
+        shards=_shards(builder, split),
+    )
+
+
+def _builder(name: str, data_dir: str, progress: bool) -> Any:
     """Returns a TFDS builder of the named set that reads it from disk, as ArrayRecord."""
-    prepare.check_name(name)
     if name == prepare.DIGITS:
         prepare.prepare_digits(data_dir)
     builder = _open_prepared(name, data_dir)
@@ -234,6 +253,8 @@ def _open(name: str, data_dir: str, progress: bool) -> Any:
     if "array_record" not in formats:
         prepare.add_array_record(builder, progress)
         builder = _open_prepared(name, data_dir)
+    # Otherwise it tells of the files that it was prepared in.
+    builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
     return builder
 
 
@@ -318,17 +339,13 @@ def _class_names(builder: Any, label_key: str) -> tuple[str, ...]:
     return names
 
 
-def _records(builder: Any, split: str) -> Any:
-    """Opens the serialised examples of a split."""
-    import tensorflow_datasets as tfds
-
+def _shards(builder: Any, split: str) -> tuple[Shard, ...]:
+    """Returns the files of a split."""
     try:
         with prepare.quiet_tfds():
-            source = builder.as_data_source(
-                split,
-                deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
-                file_format="array_record",
-            )
+            instructions = builder.info.splits[split].file_instructions
+        if not any(part.take for part in instructions):
+            raise ValueError("the split is empty")
     except Exception as error:  # TFDS has its own for a bad name, a bad slice and an empty one.
         known = ", ".join(
             f"{key} ({info.num_examples})" for key, info in builder.info.splits.items()
@@ -337,21 +354,31 @@ def _records(builder: Any, split: str) -> Any:
             f"{builder.info.name} has no images for the split {split!r}; it has {known}, and "
             "slices of them such as 'train[:90%]'."
         ) from error
-    for part in builder.info.splits[split].file_instructions:
-        if not Path(part.filename).is_file():
+    return tuple(
+        Shard(str(part.filename), part.skip, part.take, part.examples_in_shard)
+        for part in instructions
+    )
+
+
+def _open(shards: Sequence[Shard]) -> Any:
+    """Opens the serialised examples of a split."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    for shard in shards:
+        if not Path(shard.filename).is_file():
             raise InputError(
-                f"The file {part.filename} is missing; remove its folder and prepare the data set "
+                f"The file {shard.filename} is missing; remove its folder and prepare the data set "
                 "again."
             )
-        _check_count(part.filename, part.examples_in_shard)
-    return source.data_source
+        _check_count(shard.filename, shard.examples_in_shard)
+    return ArrayRecordDataSource(shards)
 
 
-def _fingerprint(builder: Any, split: str) -> str:
+def _fingerprint(shards: Sequence[Shard]) -> str:
     """Tells the content of a split by its place in the files, and their names, sizes and times."""
     parts = []
-    for part in builder.info.splits[split].file_instructions:
-        file = Path(part.filename)
+    for shard in shards:
+        file = Path(shard.filename)
         status = file.stat()
-        parts.append((file.name, status.st_size, status.st_mtime_ns, part.skip, part.take))
+        parts.append((file.name, status.st_size, status.st_mtime_ns, shard.skip, shard.take))
     return json.dumps(parts)
