@@ -110,10 +110,9 @@ def _state(root: Path, folder: Path) -> list[Any]:
         OSError: The folder is gone.
         ValueError: It does not lie below `root`.
     """
-    state: list[Any] = [_FORMAT]
     # Configs and versions are folders in these; what is computed lies in a folder of the set's.
-    for depth in range(1, len(folder.relative_to(root).parts)):
-        state.append(folder.parents[depth - 1].stat().st_mtime_ns)
+    above = folder.parents[: len(folder.relative_to(root).parts) - 1]
+    state: list[Any] = [_FORMAT, *(parent.stat().st_mtime_ns for parent in above)]
     for file in sorted(folder.iterdir()):
         status = file.stat()
         if file.is_file():
