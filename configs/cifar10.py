@@ -3,7 +3,7 @@
 python -m alexnet_jax.main --config=configs/cifar10.py
 
 Not yet measured on the test set: docs/results.md says how it will be. On the JPEG copy one seed,
-trained on 45,000 images, had 87.46% of the 5,000 validation images right, 88.70% with views.
+trained on 45,000 images, had 87.66% of the 5,000 validation images right, 89.66% with views.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.model.whitening = 2
     config.model.whitening_bias = False
     # Channels are cheap where there are few pixels, so the last two layers are wide, and small.
-    config.model.features = (32, 64, 144, 288, 288)
+    config.model.features = (32, 72, 160, 320, 320)
     config.model.pools = (True, True, True, False, True)
     config.model.hidden = (256, 256)
     config.model.norm = "batch"
@@ -29,13 +29,13 @@ def get_config() -> ConfigDict:
     config.model.pool_first = True
     config.model.kernel_init = "dirac"
     config.model.dropout = 0.0  # in 20 epochs it would cost more than it brings
-    config.augment.crop_padding = 2
+    config.augment.crop_padding = 3
     config.augment.alternating_flip = True
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_epochs = 1.0
-    config.optimizer.weight_decay = 0.08
+    config.optimizer.weight_decay = 0.16
     # Normalisation makes a kernel's scale nothing, so that a high rate costs no stability; with the
     # decay it does what Muon does here.
     config.optimizer.rate_patterns = ("norm*/bias", "conv*/kernel")
