@@ -151,13 +151,16 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
         thread = ThreadPoolExecutor(1)
         placing = thread.submit(_place_some, images, labels, first, mesh)
         thread.shutdown(wait=False)
-        counts = count_values(images, sample)
+        count = functools.partial(count_values, images, sample)
+        large = images.nbytes > cache.WORTH_KEEPING
+        counts = _kept_counts(source, sample, config.data, count) if large else count()
         validation = place_batches(
             images[second], labels[second], config.train.eval_batch_size, mesh
         )
         train = ResidentDataset(placing, len(first), config.train.batch_size, mesh)
     else:
-        counts = _count_streamed(source, sample, config.data)
+        count = functools.partial(_count_streamed, source, sample, config.data)
+        counts = _kept_counts(source, sample, config.data, count)
         validation = measure_on(source, second)
         train = StreamedDataset(
             source, first, config.train.batch_size, config.train.epochs, mesh, config.data
@@ -306,25 +309,30 @@ def _evenly_spaced(size: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, size - 1, min(size, max(most, 1))).astype(int))
 
 
-def _count_streamed(source: Source, indices: np.ndarray, config: ConfigDict) -> np.ndarray:
-    """Counts the values of some images, as `count_values` does, once for all runs."""
-
-    def compute() -> cache.Arrays:
-        counts = np.zeros((3, 256), np.int64)
-        rows = Batches(source, in_rows(indices, 64))
-        with (
-            tqdm(desc="Measuring the colours", total=len(rows), disable=None, delay=1) as bar,
-            read_ahead(
-                rows, lambda batch: batch, workers=config.workers, ahead=config.read_ahead
-            ) as stream,
-        ):
-            for batch in stream:
-                counts += count_values(np.asarray(batch["image"])[np.asarray(batch["mask"])])
-                bar.update()
-        return {"counts": counts}
-
+def _kept_counts(
+    source: Source, indices: np.ndarray, config: ConfigDict, count: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """Returns what `count` does of some images, counted once for all runs."""
     fraction = config.validation_fraction
-    return cache.kept(source, "colours", compute, validation=fraction, size=len(indices))["counts"]
+    return cache.kept(
+        source, "colours", lambda: {"counts": count()}, validation=fraction, size=len(indices)
+    )["counts"]
+
+
+def _count_streamed(source: Source, indices: np.ndarray, config: ConfigDict) -> np.ndarray:
+    """Counts the values of some images, as `count_values` does."""
+    counts = np.zeros((3, 256), np.int64)
+    rows = Batches(source, in_rows(indices, 64))
+    with (
+        tqdm(desc="Measuring the colours", total=len(rows), disable=None, delay=1) as bar,
+        read_ahead(
+            rows, lambda batch: batch, workers=config.workers, ahead=config.read_ahead
+        ) as stream,
+    ):
+        for batch in stream:
+            counts += count_values(np.asarray(batch["image"])[np.asarray(batch["mask"])])
+            bar.update()
+    return counts
 
 
 def _measure_on(

@@ -91,8 +91,10 @@ def check_model(config: ConfigDict, image_size: int) -> dict[str, Any]:
         InputError: Names the option, its value, and what would be right.
     """
     model = create_model(config, num_classes=2)
-    images = jnp.zeros((1, image_size, image_size, 3))
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    variables = jax.eval_shape(
+        lambda images: model.init(jax.random.key(0), images, train=False), images
+    )
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
     if parameters > MAX_PARAMETERS:
         raise InputError(
