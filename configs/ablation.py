@@ -19,44 +19,35 @@ from ml_collections import ConfigDict
 STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("classic", {}),
     ("batch_norm", {"model.norm": "batch", "model.norm_momentum": 0.6, "model.norm_scale": False}),
-    ("hidden_1024", {"model.hidden": (1024, 1024)}),
-    ("little_dropout", {"model.dropout": 0.1}),
+    ("no_dropout", {"model.dropout": 0.0}),
+    ("small_hidden_layers", {"model.hidden": (256, 256)}),
     (
         "adamw",
         {
             "optimizer.name": "adamw",
             "optimizer.learning_rate": 2e-3,
-            "optimizer.weight_decay": 0.02,
+            "optimizer.weight_decay": 0.16,
         },
     ),
-    ("batch_500", {"train.batch_size": 500}),
     ("linear", {"optimizer.schedule": "linear"}),
-    ("label_smoothing", {"train.label_smoothing": 0.2}),
-    ("whitening", {"model.whitening": 2}),
+    ("label_smoothing", {"train.label_smoothing": 0.1}),
+    ("alternating_flip", {"augment.alternating_flip": True}),
+    ("whitening", {"model.whitening": 2, "model.whitening_bias": False}),
     ("dirac", {"model.kernel_init": "dirac"}),
     ("gelu_after_pooling", {"model.activation": "gelu", "model.pool_first": True}),
-    ("alternating_flip", {"augment.alternating_flip": True}),
-    ("widths", {"model.features": (128, 384, 384, 384, 384)}),
+    ("early_pooling", {"model.pools": (True, True, True, False, True)}),
     (
         "bias_rates",
         {"optimizer.rate_patterns": ("norm*/bias",), "optimizer.rate_factors": (10.0,)},
     ),
     (
-        "muon",
+        "kernel_rates",
         {
-            "optimizer.muon_rate": 0.12,
-            "optimizer.muon_momentum": 0.6,
-            "optimizer.muon_unit_filters": True,
+            "optimizer.rate_patterns": ("norm*/bias", "conv*/kernel"),
+            "optimizer.rate_factors": (10.0, 4.0),
         },
     ),
-    (
-        "lookahead",
-        {
-            "optimizer.lookahead_period": 5,
-            "optimizer.lookahead_decay": 0.77,
-            "optimizer.lookahead_power": 3.0,
-        },
-    ),
+    ("widths", {"model.features": (64, 128, 256, 384, 384)}),
 )
 
 

@@ -2,10 +2,12 @@
 
 python -m alexnet_jax.main --config=configs/cifar10_best.py
 
-Most of it are airbench's techniques (Jordan, 2024). The frozen convolution that whitens the patches
-is measured, not trained, and not counted among the 5.
+The default's techniques (configs/cifar10.py says why), with twice its channels where there are many
+pixels. The frozen convolution that whitens the patches is measured, not trained, and not counted
+among the 5.
 
-Not yet measured on the test set: docs/results.md says how it will be.
+Not yet measured on the test set: docs/results.md says how it will be. On the JPEG copy one seed,
+trained on 45,000 images, had 88.86% of the 5,000 validation images right, 90.38% with views.
 """
 
 from ml_collections import ConfigDict
@@ -17,30 +19,25 @@ def get_config() -> ConfigDict:
     """Returns the config."""
     config = default_config("alexnet")
     config.model.whitening = 2
-    config.model.features = (128, 384, 384, 384, 384)
-    config.model.hidden = (1024, 1024)
+    config.model.whitening_bias = False
+    config.model.features = (64, 128, 256, 384, 384)
+    config.model.pools = (True, True, True, False, True)
+    config.model.hidden = (256, 256)
     config.model.norm = "batch"
     config.model.norm_scale = False
     config.model.norm_momentum = 0.6
     config.model.activation = "gelu"
     config.model.pool_first = True
     config.model.kernel_init = "dirac"
-    config.model.dropout = 0.1
+    config.model.dropout = 0.0
     config.augment.alternating_flip = True
     config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 2e-3  # of the fully connected layers and the biases
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_epochs = 1.0
-    config.optimizer.weight_decay = 0.02
-    config.optimizer.rate_patterns = ("norm*/bias",)
-    config.optimizer.rate_factors = (10.0,)
-    config.optimizer.muon_rate = 0.12
-    config.optimizer.muon_momentum = 0.6
-    config.optimizer.muon_unit_filters = True
-    config.optimizer.lookahead_period = 5
-    config.optimizer.lookahead_decay = 0.77
-    config.optimizer.lookahead_power = 3.0
-    config.train.batch_size = 500
-    config.train.label_smoothing = 0.2
+    config.optimizer.weight_decay = 0.16
+    config.optimizer.rate_patterns = ("norm*/bias", "conv*/kernel")
+    config.optimizer.rate_factors = (10.0, 4.0)
+    config.train.label_smoothing = 0.1
     config.test.views = "flip_translate"
     return config
