@@ -2,8 +2,9 @@
 
 python -m alexnet_jax.main --config=configs/cifar10.py
 
-Not yet measured on the test set: docs/results.md says how it will be. On the JPEG copy one seed,
-trained on 45,000 images, had 87.66% of the 5,000 validation images right, 89.66% with views.
+On the JPEG copy one seed, trained on 45,000 images, had 87.66% of the 5,000 validation images
+right, 89.66% with views; one, trained on all 50,000, 87.88% of the test images, 89.44% with views.
+docs/results.md says what is missing.
 """
 
 from ml_collections import ConfigDict
