@@ -43,6 +43,13 @@ LAST_ATTEMPTS = 3
 ATTEMPT_SECONDS = 2.0
 
 
+def saved_steps(directory: Path) -> list[int]:
+    """Returns the steps of all checkpoints that were saved whole, the newest first."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())[::-1]
+
+
 class Checkpoints:
     """The checkpoints of one run folder.
 
@@ -214,7 +221,7 @@ class Checkpoints:
             InputError: A checkpoint is of another network, none can be read, or all are gone.
         """
         steps = []
-        if any(path.name.isdigit() for path in self.directory.glob("*")):
+        if saved_steps(self.directory):
             steps = sorted(self._manager.all_steps(), reverse=True)
         known = (read_json(self._marker) or {}).get("step")
         if known is not None and known not in steps:

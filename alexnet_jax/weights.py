@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from alexnet_jax import checksums
-from alexnet_jax.checkpoint import METRIC, hide_records_of_orbax, reason, unseal
+from alexnet_jax.checkpoint import METRIC, hide_records_of_orbax, reason, saved_steps, unseal
 from alexnet_jax.errors import InputError, show
 
 NEWEST, BEST = "newest", "best"
@@ -67,7 +67,7 @@ def read_weights(
     except InputError:
         raise
     except Exception as error:  # whatever damage makes Orbax and TensorStore raise
-        others = ", ".join(f"{other}" for other in _steps(directory) if other != step)
+        others = ", ".join(f"{other}" for other in saved_steps(directory) if other != step)
         raise InputError(
             f"checkpoint {step} in {directory} is damaged ({reason(error)}); "
             + (f"choose another: {others}." if others else "put back a copy.")
@@ -115,13 +115,6 @@ def _restore(item: Path, wanted: Any) -> Any:
     )
 
 
-def _steps(directory: Path) -> list[int]:
-    """Returns the steps of all checkpoints that were saved whole, the newest first."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())[::-1]
-
-
 def _accuracy(folder: Path) -> float | None:
     try:
         text = (folder / "metrics" / "metrics").read_text()
@@ -131,7 +124,7 @@ def _accuracy(folder: Path) -> float | None:
 
 
 def _find(directory: Path, which: str | int) -> int:
-    steps = _steps(directory)
+    steps = saved_steps(directory)
     if not steps:
         raise InputError(f"{directory} holds no checkpoint; train the network first.")
     if which == NEWEST:

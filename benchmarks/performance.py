@@ -287,16 +287,10 @@ def startup(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _until_first_step(options: argparse.Namespace) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder, "run")
-        started = time.perf_counter()
-        with subprocess.Popen(
-            [*MAIN, *_data(options), f"--workdir={run}"], cwd=ROOT, stderr=subprocess.DEVNULL
-        ) as process:
-            _wait_for_step(run / "metrics.jsonl", 1, process)
-            seconds = time.perf_counter() - started
-            process.kill()
-        return seconds
+    run = Run(_data(options))
+    run.go(step=1)
+    run.close()
+    return run.seconds
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:

@@ -328,7 +328,6 @@ def test_what_was_opened_before_is_opened_without_tfds(asked, stripes_dir):
     code = f"""
 import sys
 sys.modules["tensorflow_datasets"] = None  # an import of it fails
-sys.path.insert(0, {str(ROOT / "tests")!r})
 from ml_collections import ConfigDict
 from alexnet_jax.data.sources import load_source
 source = load_source(ConfigDict({config(stripes_dir, "stripes").to_dict()!r}), "train")
@@ -590,8 +589,7 @@ def test_everything_works_without_tensorflow(tmp_path):
         + f"""
 from pathlib import Path
 import test_sources, test_prepare_data
-from alexnet_jax import runtime
-from alexnet_jax.data import downloads, prepare, sources
+from alexnet_jax.data import downloads, prepare
 from alexnet_jax.data.sources import load_source
 
 tmp_path = Path({str(tmp_path)!r})
@@ -617,8 +615,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 import test_sources, test_prepare_data
-from alexnet_jax import runtime
-from alexnet_jax.data import downloads, prepare, sources
+from alexnet_jax.data import downloads, prepare
 from alexnet_jax.data.sources import load_source
 from tensorflow_datasets.image_classification.cifar import Cifar10
 
