@@ -132,7 +132,16 @@ def test_convolutions_under_vmap():
 
 @pytest.mark.parametrize(
     ("shape", "window", "stride"),
-    [((8, 6), 2, 2), ((7, 8), 2, 2), ((9, 9), 3, 2), ((8, 8), 4, 4)],
+    [
+        ((8, 6), 2, 2),
+        ((7, 8), 2, 2),
+        ((9, 8), 3, 2),
+        ((10, 7), 3, 2),
+        ((6, 6), 3, 1),
+        ((13, 12), 5, 2),
+        ((8, 8), 4, 4),
+        ((9, 9), 2, 3),  # XLA's own, as pixels between the windows are left out
+    ],
 )
 def test_pooling_equals_xlas_to_the_bit(shape, window, stride):
     # Rounded, so that many pixels are equal: the gradient must go to the same of them.
