@@ -24,17 +24,13 @@ def pool(x: Array, window: int = 2, stride: int = 2) -> tuple[Array, Array]:
         The largest, float[B, h, w, C], and uint8[B, h, w, C], from 0 to window^2 - 1.
     """
     height, width = ((side - window) // stride + 1 for side in x.shape[1:3])
-    largest, winner = None, None
-    for i in range(window):
-        for j in range(window):
-            rows = slice(i, i + stride * (height - 1) + 1, stride)
-            columns = slice(j, j + stride * (width - 1) + 1, stride)
-            pixel = x[:, rows, columns]
-            if largest is None:
-                largest, winner = pixel, jnp.zeros(pixel.shape, jnp.uint8)
-            else:
-                winner = jnp.where(pixel > largest, jnp.uint8(i * window + j), winner)
-                largest = jnp.maximum(largest, pixel)
+    rows = [slice(i, i + stride * (height - 1) + 1, stride) for i in range(window)]
+    columns = [slice(j, j + stride * (width - 1) + 1, stride) for j in range(window)]
+    first, *others = (x[:, row, column] for row in rows for column in columns)
+    largest, winner = first, jnp.zeros(first.shape, jnp.uint8)
+    for number, pixel in enumerate(others, start=1):
+        winner = jnp.where(pixel > largest, jnp.uint8(number), winner)
+        largest = jnp.maximum(largest, pixel)
     return largest, winner
 
 
@@ -70,7 +66,7 @@ def spread(
         gradient = jnp.pad(gradient, around)
     row = np.arange(stride).reshape(1, 1, stride, 1, 1, 1)
     column = row.reshape(1, 1, 1, 1, stride, 1)
-    total = None
+    parts = []
     for i in reversed(range(before + 1)):  # window by window, as XLA adds them
         for j in reversed(range(before + 1)):
             y, x = row + stride * i, column + stride * j
@@ -79,9 +75,9 @@ def spread(
             columns = slice(before - j, before - j + cells[1])
             of_windows = np.s_[:, rows, None, columns, None]
             won = winner[of_windows] == pixel.astype(np.uint8)
-            part = jnp.where(won, gradient[of_windows], jnp.zeros((), gradient.dtype))
-            total = part if total is None else total + part
-    pixels = total.reshape(batch, stride * cells[0], stride * cells[1], channels)
+            parts.append(jnp.where(won, gradient[of_windows], jnp.zeros((), gradient.dtype)))
+    pixels = functools.reduce(jnp.add, parts)
+    pixels = pixels.reshape(batch, stride * cells[0], stride * cells[1], channels)
     return pixels[:, :height, :width]
 
 
@@ -92,7 +88,7 @@ def _max_pool(x: Array, window: int, stride: int) -> Array:
 
 def _forward(x: Array, window: int, stride: int) -> tuple[Array, tuple[Array, tuple[int, int]]]:
     largest, winner = pool(x, window, stride)
-    return largest, (winner, x.shape[1:3])
+    return largest, (winner, (x.shape[1], x.shape[2]))
 
 
 def _backward(
