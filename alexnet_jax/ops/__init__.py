@@ -38,15 +38,22 @@ class Ops(NamedTuple):
 
 
 PLAIN = Ops()
-CPU = Ops(
-    convolution.conv_general_dilated,
-    pooling.max_pool,
-    functools.partial(
-        composed.conv_relu_pool,
-        conv_general_dilated=convolution.conv_general_dilated,
-        max_pool=pooling.max_pool,
-    ),
-)
+
+
+def _by_products(conv_general_dilated: Callable[..., Array]) -> Ops:
+    return Ops(
+        conv_general_dilated,
+        pooling.max_pool,
+        functools.partial(
+            composed.conv_relu_pool,
+            conv_general_dilated=conv_general_dilated,
+            max_pool=pooling.max_pool,
+        ),
+    )
+
+
+CPU = _by_products(convolution.conv_general_dilated)
+FEW_CORES = _by_products(convolution.conv_in_chunks)
 AMX = Ops(
     amx.conv_general_dilated,
     pooling.max_pool,
@@ -56,6 +63,10 @@ AMX = Ops(
 )
 
 SWITCH = ("auto", "on", "off")
+
+# Up to so many a batch is best convolved a few images at a time. XLA writes the results of such a
+# loop by one core, and many cores have more memory bandwidth.
+_FEW = 2
 
 # By dtype: how much of the largest value results and gradients of two layers may be off. Those of
 # bfloat16 are rounded to 8 bits a few times on the way.
@@ -75,7 +86,9 @@ def choose(switch: str, platform: str, dtype: str, *, devices: int = 1) -> Ops:
     """
     if switch == "off" or (switch == "auto" and platform != "cpu"):
         return PLAIN
-    ops, how, why = CPU, "the CPU's kernels", f"config.cpu_kernels is {switch!r}"
+    how, why = "the CPU's kernels", f"config.cpu_kernels is {switch!r}"
+    few = platform == "cpu" and devices == 1 and machine.cores() <= _FEW
+    ops = FEW_CORES if few else CPU
     if dtype == "bfloat16":
         found = sorted(machine.BFLOAT16 & machine.instruction_sets())
         if switch == "auto" and not found:

@@ -5,6 +5,7 @@ only a moderate one there. As matrix products, which it does well, the same conv
 the time; `docs/performance.md` has the figures.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -99,8 +100,15 @@ def _is_ordinary(
     )
 
 
-def _suits_winograd(kernel: Array) -> bool:
-    return kernel.shape[:2] == (3, 3) and min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS
+def _suits_winograd(kernel: Array, strides: tuple[int, int], rows: int, columns: int) -> bool:
+    """Says whether Winograd's tiles, which may reach beyond the result, have fewer products."""
+    tiles = -(-rows // winograd.TILE) * -(-columns // winograd.TILE)
+    return (
+        strides == (1, 1)
+        and kernel.shape[:2] == (3, 3)
+        and min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS
+        and tiles * (winograd.TILE + 2) ** 2 < rows * columns * 9
+    )
 
 
 def _pad(images: Array, padding: Sequence[tuple[int, int]]) -> Array:
@@ -108,7 +116,11 @@ def _pad(images: Array, padding: Sequence[tuple[int, int]]) -> Array:
 
 
 def _as_products(
-    images: Array, kernel: Array, strides: tuple[int, int], padding: Sequence[tuple[int, int]]
+    images: Array,
+    kernel: Array,
+    strides: tuple[int, int],
+    padding: Sequence[tuple[int, int]],
+    in_chunks: bool,
 ) -> Array | None:
     """Convolves float32 by `winograd` or `patches`; see `drop_in`."""
     rows, columns = (
@@ -120,20 +132,26 @@ def _as_products(
     has_size = min(rows, columns) > 0 and min(*padding[0], *padding[1]) >= 0
     if images.dtype != jnp.float32 or not has_size:
         return None
-    if strides == (1, 1) and _suits_winograd(kernel):
-        # Results come in tiles of 2x2; of an odd number of lines one too many is computed.
+    if _suits_winograd(kernel, strides, rows, columns):
         (top, bottom), (left, right) = padding
-        padded = _pad(images, ((top, bottom + rows % 2), (left, right + columns % 2)))
-        return winograd.convolve(padded, kernel)[:, :rows, :columns]
+        bottom, right = bottom + -rows % winograd.TILE, right + -columns % winograd.TILE
+        padded = _pad(images, ((top, bottom), (left, right)))
+        return winograd.convolve(padded, kernel, in_chunks)[:, :rows, :columns]
     if 4 * images.shape[0] * rows * columns * kernel[..., 0].size > _PATCHES_BYTES:
         return None
     return patches.convolve(_pad(images, padding), kernel, strides)
 
 
-conv_general_dilated = drop_in(_as_products)
+conv_general_dilated = drop_in(functools.partial(_as_products, in_chunks=False))
 """As `jax.lax.conv_general_dilated`, and by it, for all that the algorithms here do not cover.
 
 They cover float32 images in NHWC order without dilation or groups: 3x3 kernels of stride 1 by
 `winograd`, others by `patches` unless these would take too much memory. They can be differentiated
 in reverse mode only.
+"""
+
+conv_in_chunks = drop_in(functools.partial(_as_products, in_chunks=True))
+"""As `conv_general_dilated`, a few images of a large batch at a time: for few cores.
+
+Not for a batch that devices share: the chunks of one device would be followed by those of the next.
 """

@@ -1,127 +1,216 @@
-"""Convolution of 3x3 kernels by Winograd's minimal filtering: 16 products where a sum takes 36.
+"""Convolution of 3x3 kernels by Winograd's minimal filtering: 36 products where a sum takes 144.
 
-F(2x2, 3x3) of Lavin and Gray (2016), "Fast Algorithms for Convolutional Neural Networks", in its
-notation: Y = A^T [ (G g G^T) * (B^T d B) ] A for each 4x4 tile d of the image, every second pixel,
-and each kernel g. Summed over the channels, the elementwise product is 16 matrix products, which
-is all that costs; the backward pass is the same three transforms, transposed, around 32 more.
+F(4x4, 3x3) of Lavin and Gray (2016), "Fast Algorithms for Convolutional Neural Networks", in its
+notation: Y = A^T [ (G g G^T) * (B^T d B) ] A for each 6x6 tile d of the image, every fourth pixel,
+and each kernel g. Summed over the channels, the elementwise product is 36 matrix products; the
+backward pass is the same three transforms, transposed, around 72 more.
+
+Tiles have 2.25 times the numbers of their images. A few images at a time they stay in a processor's
+caches; those of a whole batch would go to memory and back, which takes longer than the products.
 """
+
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-_G = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], np.float32) / 2
-_KERNEL_MATRIX = np.kron(_G, _G)  # along the rows and along the columns at once
+TILE = 4  # pixels of a side that a tile gives; 2 more go in
+_POINTS = TILE + 2
+# Rows are the polynomials of the points 0, 1, -1, 2, -2 and infinity.
+_B_TRANSPOSED = np.array(
+    [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ]
+)
+_A_TRANSPOSED = np.array(
+    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
+)
+_G = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
+_KERNEL_MATRIX = np.kron(_G, _G).astype(np.float32)  # along the rows and along the columns at once
+
+# Of the tiles, before and after the products: what is taken whole, and else a few images' share.
+_WHOLE_BYTES = 32 * 2**20
+_CHUNK_BYTES = 8 * 2**20
+# A chunk's tiles have at least so many times the numbers of the kernels', which each chunk reads,
+# and whose gradient it adds to.
+_CHUNK_PER_KERNELS = 4
 
 
-@jax.custom_vjp
-def convolve(images: Array, kernel: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(images: Array, kernel: Array, in_chunks: bool) -> Array:
     """Correlates images with 3x3 kernels, stride 1, without padding.
 
     The result differs from that of `lax.conv_general_dilated` by float rounding alone, some
-    1e-6 of its largest value. It can be differentiated in reverse mode.
+    3e-6 of its largest value. It can be differentiated in reverse mode.
 
     Args:
-        images: float[B, H + 2, W + 2, C] with even H and W.
+        images: float[B, H + 2, W + 2, C] with H and W multiples of `TILE`.
         kernel: float[3, 3, C, O].
+        in_chunks: Whether to take a few images at a time where a batch's tiles are large.
 
     Returns:
         float[B, H, W, O].
     """
-    return _forward(images, kernel)[0]
+    return _forward(images, kernel, in_chunks)[0]
 
 
-def _forward(images: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    batch, height, width, channels = images.shape
-    tiles = (batch, height // 2 - 1, width // 2 - 1)
-    tiled = _image_transform(images).reshape(16, -1, channels)
-    products = _multiply(tiled, _kernel_transform(kernel), 2, 1)
-    return _inverse_transform(products.reshape(4, 4, *tiles, -1)), (tiled, kernel)
+def _forward(images: Array, kernel: Array, in_chunks: bool) -> tuple[Array, tuple[Array, Array]]:
+    transformed = _kernel_transform(kernel)
+
+    def convolve_some(images: Array) -> Array:
+        batch, height, width, channels = images.shape
+        tiled = _image_transform(images).reshape(_POINTS**2, -1, channels)
+        products = _multiply(tiled, transformed, 2, 1)
+        tiles = (batch, height // TILE, width // TILE)
+        return _inverse_transform(products.reshape(_POINTS, _POINTS, *tiles, -1))
+
+    size = _chunk_size(images, kernel) if in_chunks else images.shape[0]
+    if size == images.shape[0]:
+        return convolve_some(images), (images, kernel)
+    results = lax.map(convolve_some, _chunks(images, size))
+    return results.reshape(images.shape[0], *results.shape[2:]), (images, kernel)
 
 
-def _backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    tiled, kernel = residuals
-    batch, height, width, features = gradient.shape
-    spread = _inverse_transform_transposed(gradient).reshape(16, -1, features)
-    by_tile = _multiply(spread, _kernel_transform(kernel), 2, 2)
-    by_kernel = _multiply(tiled, spread, 1, 1)
-    return (
-        _image_transform_transposed(by_tile.reshape(4, 4, batch, height // 2, width // 2, -1)),
-        _kernel_transform_transposed(by_kernel),
-    )
+def _backward(
+    in_chunks: bool, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    images, kernel = residuals
+    transformed = _kernel_transform(kernel)
+
+    def differentiate_some(by_kernel: Array, arrays: tuple[Array, Array]) -> tuple[Array, Array]:
+        images, gradient = arrays
+        batch, height, width, features = gradient.shape
+        # Transformed again: kept, the tiles would be most of the memory that a step moves.
+        tiled = _image_transform(images).reshape(_POINTS**2, -1, images.shape[-1])
+        spread = _inverse_transform_transposed(gradient).reshape(_POINTS**2, -1, features)
+        by_tile = _multiply(spread, transformed, 2, 2)
+        tiles = (batch, height // TILE, width // TILE)
+        by_image = _image_transform_transposed(by_tile.reshape(_POINTS, _POINTS, *tiles, -1))
+        return by_kernel + _multiply(tiled, spread, 1, 1), by_image
+
+    size = _chunk_size(images, kernel) if in_chunks else images.shape[0]
+    nothing = jnp.zeros_like(transformed)
+    if size == images.shape[0]:
+        by_kernel, by_image = differentiate_some(nothing, (images, gradient))
+    else:
+        chunks = _chunks(images, size), _chunks(gradient, size)
+        by_kernel, by_image = lax.scan(differentiate_some, nothing, chunks)
+    return by_image.reshape(images.shape), _kernel_transform_transposed(by_kernel)
 
 
 convolve.defvjp(_forward, _backward)
 
 
+def _chunk_size(images: Array, kernel: Array) -> int:
+    """Says how many images to take at a time: as many as all, or a divisor of it."""
+    batch, height, width, _ = images.shape
+    channels, features = kernel.shape[2:]
+    points = (height // TILE) * (width // TILE) * _POINTS**2
+    image_bytes = points * (channels + features) * images.dtype.itemsize
+    if batch * image_bytes <= _WHOLE_BYTES:
+        return batch
+    kernel_bytes = _POINTS**2 * channels * features * images.dtype.itemsize
+    most = max(1, max(_CHUNK_BYTES, _CHUNK_PER_KERNELS * kernel_bytes) // image_bytes)
+    size = max(size for size in range(1, min(most, batch) + 1) if batch % size == 0)
+    # A batch of a prime number of images is better taken whole than one by one.
+    return size if 4 * size > min(most, batch) else batch
+
+
+def _chunks(images: Array, size: int) -> Array:
+    return images.reshape(-1, size, *images.shape[1:])
+
+
 def _multiply(left: Array, right: Array, sum_left: int, sum_right: int) -> Array:
-    """16 matrix products, summed over the given dimension of each side."""
+    """36 matrix products, summed over the given dimension of each side."""
     return lax.dot_general(left, right, (((sum_left,), (sum_right,)), ((0,), (0,))))
 
 
 # The transforms of images are written out, as sums: most entries of their matrices are 0.
 
 
+def _combine(matrix: np.ndarray, lines: Sequence[Array]) -> list[Array]:
+    """Multiplies a matrix of whole numbers, none of whose rows is 0, by a vector of arrays."""
+    return [
+        functools.reduce(
+            jnp.add,
+            (
+                line if factor == 1 else float(factor) * line
+                for factor, line in zip(row, lines, strict=True)
+                if factor
+            ),
+        )
+        for row in matrix
+    ]
+
+
 def _image_transform(images: Array) -> Array:
-    """B^T d B: float[B, 2h + 2, 2w + 2, C] to float[4, 4, B, h, w, C]."""
+    """B^T d B: float[B, 4h + 2, 4w + 2, C] to float[6, 6, B, h, w, C]."""
 
     def along(x: Array, axis: int) -> Array:
-        lines = 2 * (x.shape[axis] // 2 - 1)  # the first line of each tile, and then the others
-        a, b, c, d = (lax.slice_in_dim(x, i, i + lines - 1, 2, axis) for i in range(4))
-        return jnp.stack([a - c, b + c, c - b, b - d])
+        last = x.shape[axis] - _POINTS + 1
+        lines = [lax.slice_in_dim(x, i, last + i, TILE, axis) for i in range(_POINTS)]
+        return jnp.stack(_combine(_B_TRANSPOSED, lines))
 
     return along(along(images, 2), 2)
 
 
 def _image_transform_transposed(tiles: Array) -> Array:
-    """float[4, 4, B, h, w, C] to float[B, 2h + 2, 2w + 2, C], adding where tiles overlap."""
+    """float[6, 6, B, h, w, C] to float[B, 4h + 2, 4w + 2, C], adding where tiles overlap."""
 
     def along(x: Array, axis: int) -> Array:
-        a, b, c, d = x[0], x[1] - x[2] + x[3], x[1] + x[2] - x[0], -x[3]
+        lines = _combine(_B_TRANSPOSED.T, list(x))
 
-        def overlap(first: Array, second: Array) -> Array:
-            pads = [(0, 0)] * first.ndim
-            pads[axis] = (0, 1)
-            ahead = jnp.pad(first, pads)
-            pads[axis] = (1, 0)
-            return ahead + jnp.pad(second, pads)
+        def pad(line: Array, before: int) -> Array:
+            pads = [(0, 0)] * line.ndim
+            pads[axis] = (before, 1 - before)
+            return jnp.pad(line, pads)
 
-        pairs = jnp.stack([overlap(a, c), overlap(b, d)], axis + 1)
-        shape = list(pairs.shape)
-        shape[axis : axis + 2] = [shape[axis] * 2]
-        return pairs.reshape(shape)
+        # The last two lines of a tile are the first two of the next.
+        lines = [pad(line, 0) for line in lines[:TILE]] + [pad(line, 1) for line in lines[TILE:]]
+        lines = [lines[0] + lines[4], lines[1] + lines[5], *lines[2:4]]
+        x = jnp.stack(lines, axis + 1)
+        x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+        return lax.slice_in_dim(x, 0, x.shape[axis] - 2, axis=axis)
 
     return along(along(tiles, 2), 2)
 
 
 def _kernel_transform(kernel: Array) -> Array:
-    """G g G^T: float[3, 3, C, O] to float[16, C, O]."""
+    """G g G^T: float[3, 3, C, O] to float[36, C, O]."""
     return jnp.tensordot(_KERNEL_MATRIX, kernel.reshape(9, *kernel.shape[2:]), 1)
 
 
 def _kernel_transform_transposed(products: Array) -> Array:
-    """float[16, C, O] to float[3, 3, C, O]."""
+    """float[36, C, O] to float[3, 3, C, O]."""
     kernel = jnp.tensordot(_KERNEL_MATRIX.T, products, 1)
     return kernel.reshape(3, 3, *products.shape[1:])
 
 
 def _inverse_transform(products: Array) -> Array:
-    """A^T m A: float[4, 4, B, h, w, O] to float[B, 2h, 2w, O]."""
+    """A^T m A: float[6, 6, B, h, w, O] to float[B, 4h, 4w, O]."""
 
     def along(x: Array, axis: int) -> Array:
-        return jnp.stack([x[0] + x[1] + x[2], x[1] - x[2] - x[3]], axis)
+        return jnp.stack(_combine(_A_TRANSPOSED, list(x)), axis)
 
     x = along(along(products, 3), 4)
     batch, height, _, width, _, features = x.shape
-    return x.reshape(batch, 2 * height, 2 * width, features)
+    return x.reshape(batch, TILE * height, TILE * width, features)
 
 
 def _inverse_transform_transposed(gradient: Array) -> Array:
-    """float[B, 2h, 2w, O] to float[4, 4, B, h, w, O]."""
+    """float[B, 4h, 4w, O] to float[6, 6, B, h, w, O]."""
 
     def along(x: Array, axis: int) -> Array:
-        a, b = (lax.slice_in_dim(x, i, x.shape[axis] - 1 + i, 2, axis) for i in range(2))
-        return jnp.stack([a, a + b, a - b, -b])
+        last = x.shape[axis] - TILE + 1
+        lines = [lax.slice_in_dim(x, i, last + i, TILE, axis) for i in range(TILE)]
+        return jnp.stack(_combine(_A_TRANSPOSED.T, lines))
 
     return along(along(gradient, 2), 2)
