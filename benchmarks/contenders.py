@@ -134,7 +134,7 @@ def pytorch(
     )
 
 
-def pytorch_airbench() -> Build:
+def pytorch_airbench(*, bfloat16: bool = False) -> Build:
     """Returns what builds the network of cifar10-airbench94 (Jordan, 2024), with its plain SGD.
 
     A frozen 2x2 convolution to 24 channels, three blocks of two 3x3 convolutions (64, 256, 256
@@ -156,6 +156,7 @@ def pytorch_airbench() -> Build:
     return _in_pytorch(
         nn.Sequential(*layers),
         lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.85, nesterov=True),
+        bfloat16=bfloat16,
         channels_last=True,
     )
 
@@ -223,11 +224,12 @@ CONTENDERS: dict[str, Callable[[], Build]] = {
 
 # Of other networks than the contenders', to compare whole epochs with.
 DEFAULT_CONFIG, FAST_CONFIG = (f"configs/{name}.py" for name in ("cifar10", "cifar10_fast"))
-AIRBENCH = "PyTorch float32, airbench94"
+AIRBENCH, AIRBENCH_BFLOAT16 = (f"PyTorch {dtype}, airbench94" for dtype in ("float32", "bfloat16"))
 OTHERS: dict[str, Callable[[], Build]] = {
     DEFAULT_CONFIG: functools.partial(config_alone, DEFAULT_CONFIG),
     FAST_CONFIG: functools.partial(config_alone, FAST_CONFIG),
     AIRBENCH: pytorch_airbench,
+    AIRBENCH_BFLOAT16: functools.partial(pytorch_airbench, bfloat16=True),
 }
 
 

@@ -37,8 +37,8 @@ _G = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 
 _KERNEL_MATRIX = np.kron(_G, _G).astype(np.float32)  # along the rows and along the columns at once
 
 # Of the tiles, before and after the products: what is taken whole, and else a few images' share.
-_WHOLE_BYTES = 32 * 2**20
-_CHUNK_BYTES = 8 * 2**20
+_WHOLE_BYTES = 16 * 2**20
+_CHUNK_BYTES = 6 * 2**20
 # A chunk's tiles have at least so many times the numbers of the kernels', which each chunk reads,
 # and whose gradient it adds to.
 _CHUNK_PER_KERNELS = 4
