@@ -1,6 +1,7 @@
 """What finished runs amount to: mean, deviation and confidence over seeds, as a table."""
 
 import dataclasses
+import json
 import math
 import os
 import runpy
@@ -77,6 +78,36 @@ def read_run(folder: Path) -> Run:
             f"the run in {folder} is not finished; give its command again, which goes on."
         )
     return Run(folder, options, dataset, results)
+
+
+def keep_records(runs: Sequence[Run], folder: Path) -> None:
+    """Writes what is read here of runs into a folder, small enough to stand beside their table.
+
+    Each has a folder of its name in it, which is a run folder to `read_run`; of its training steps
+    there is one record an epoch.
+
+    Raises:
+        InputError: Two runs have one name.
+        SaveFailed: A file cannot be written.
+    """
+    by_name: dict[str, Run] = {}
+    for run in runs:
+        name = run.folder.resolve().name
+        if name in by_name:
+            raise InputError(
+                f"{by_name[name].folder} and {run.folder} have one name, {name!r}, and one record "
+                "would replace the other; rename one of them."
+            )
+        by_name[name] = run
+    for name, run in by_name.items():
+        kept = folder / name
+        run_folder.make_folder(kept)
+        run_folder.write_json(kept / run_folder.CONFIG, run.options)
+        run_folder.write_json(kept / run_folder.DATASET, run.dataset)
+        run_folder.write_json(kept / run_folder.RESULTS, run.results)
+        records = measures.by_epoch(writers.read_metrics(run.folder / run_folder.METRICS))
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        run_folder.write_whole(kept / run_folder.METRICS, lines.encode())
 
 
 def group(runs: Sequence[Run]) -> list[list[Run]]:

@@ -17,6 +17,7 @@ interval of the mean by Student's t. A row is named after the first of its folde
 examples:
   python scripts/results.py runs/classic runs/best
   python scripts/results.py runs/best-*/ --into=docs/results.md --pictures=docs/results
+  python scripts/results.py runs/best-*/ --records=records; python scripts/results.py records/*/
 
 Exit codes: 0 done, {programs.EXIT_CODES}.
 """
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     from alexnet_jax import results  # imports JAX, as --help does not
 
-    groups = results.group([results.read_run(folder) for folder in options.folders])
+    runs = [results.read_run(folder) for folder in options.folders]
+    groups = results.group(runs)
     names = [members[0].folder.resolve().name for members in groups]
     text = results.table(groups, names)
     if options.pictures:
@@ -43,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text += f"\n\n{results.details(groups, names, options.pictures, page)}"
     if options.into:
         results.put_between_marks(options.into, text)
+    if options.records:
+        results.keep_records(runs, options.records)
     print(text)
     return 0
 
@@ -68,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="below the table, show curves, confusion matrix and classes of each row; their "
         "pictures go here",
+    )
+    parser.add_argument(
+        "--records",
+        type=programs.path,
+        metavar="FOLDER",
+        help="keep what all this was made from here, some KB of each run, from which this program "
+        "makes it again",
     )
     return parser
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_jax import comparison
+from alexnet_jax import comparison, writers
 from alexnet_jax.config import default_config, flatten
 from alexnet_jax.errors import InputError
 from alexnet_jax.report import figures, measures
@@ -196,6 +196,42 @@ def test_each_row_is_shown_with_its_pictures_and_classes(tmp_path, capsys):
     for link in links:
         assert (page.parent / link).read_bytes().startswith(b"\x89PNG")
     assert re.search(r"cat +80\.0% +20 +dog \(4\)", text)
+
+
+def test_records_make_the_same_table_and_curves(tmp_path, capsys):
+    main = program("scripts", "results").main
+    runs = [
+        make_run(tmp_path / "one", (0.8,)),
+        make_run(tmp_path / "two", (0.7, 0.9), seed=1, views=(0.8, 0.95)),
+    ]
+    metrics = []
+    for step, images in enumerate((128, 128, 64, 128, 128, 64), start=1):
+        each = [1 / step, 2 / step]
+        train = {"step": step, "epoch": step / 3, "split": "train", "images": images}
+        train |= {"loss": sum(each) / 2, "loss_each": each, "loss_deviation": 0.7 / step}
+        metrics.append(train | {"accuracy": 0.5, "accuracy_each": [0.25, 0.75]})
+        if step % 3 == 0:
+            measured = {"loss": 2.0, "accuracy": step / 9}
+            metrics.append({"step": step, "epoch": step / 3, "split": "validation"} | measured)
+    for run in runs:
+        (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in metrics))
+    assert main([*map(str, runs), f"--records={tmp_path / 'records'}"]) == 0
+    text = capsys.readouterr().out
+    kept = [tmp_path / "records" / run.name for run in runs]
+    assert main([*map(str, kept)]) == 0
+    assert capsys.readouterr().out == text
+    records = writers.read_metrics(kept[1] / "metrics.jsonl")
+    assert [record["split"] for record in records] == ["train", "validation"] * 2
+    for short, whole in zip(measures.by_seed(records), measures.by_seed(metrics), strict=True):
+        for figure in ("loss", "accuracy"):
+            curves = [measures.epoch_curves(each, figure) for each in (short, whole)]
+            assert curves[0].keys() == curves[1].keys()
+            for split in curves[0]:
+                np.testing.assert_allclose(*(each[split] for each in curves))
+    (tmp_path / "elsewhere").mkdir()
+    other = make_run(tmp_path / "elsewhere" / "one", (0.8,), seed=7)
+    assert main([str(runs[0]), str(other), f"--records={tmp_path / 'records'}"]) == 2
+    assert "have one name, 'one'" in capsys.readouterr().err
 
 
 def test_the_curve_of_several_runs_is_their_mean_within_their_range():

@@ -22,8 +22,7 @@ def epoch_curves(records: list[dict[str, Any]], figure: str) -> dict[str, tuple[
     sums: dict[int, list[float]] = {}
     for record in records:
         if record["split"] == "train":
-            # The end of the epoch that the step lies in; a record never reaches into the next.
-            total = sums.setdefault(int(np.ceil(record["epoch"] - 1e-9)), [0.0, 0.0])
+            total = sums.setdefault(_epoch_of(record), [0.0, 0.0])
             total[0] += record[figure] * record["images"]
             total[1] += record["images"]
         else:
@@ -33,6 +32,50 @@ def epoch_curves(records: list[dict[str, Any]], figure: str) -> dict[str, tuple[
     if sums:
         curves["train"] = (list(sums), [total / images for total, images in sums.values()])
     return curves
+
+
+def by_epoch(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Puts one training record in the place of those of each epoch; all others stay.
+
+    Args:
+        records: Of ``metrics.jsonl``.
+
+    Returns:
+        The same curves in fewer records. Those of training have "step", "epoch", "split" and
+        "images" at the end of the epoch, and loss and accuracy, also of each seed, as means over
+        its images.
+    """
+    merged: list[dict[str, Any]] = []
+    epoch: list[dict[str, Any]] = []
+
+    def close() -> None:
+        if epoch:
+            weights = [record["images"] for record in epoch]
+            found = {
+                name: np.average([record[name] for record in epoch], axis=0, weights=weights)
+                for name in ("loss", "accuracy", "loss_each", "accuracy_each")
+                if name in epoch[0]
+            }
+            last = {name: epoch[-1][name] for name in ("step", "epoch", "split")}
+            figures = {name: value.tolist() for name, value in found.items()}
+            merged.append(last | figures | {"images": sum(weights)})
+            epoch.clear()
+
+    for record in records:
+        if record["split"] == "train":
+            if epoch and _epoch_of(record) != _epoch_of(epoch[-1]):
+                close()
+            epoch.append(record)
+        else:
+            close()
+            merged.append(record)
+    close()
+    return merged
+
+
+def _epoch_of(record: dict[str, Any]) -> int:
+    """Returns the end of the epoch that a step lies in; no record reaches into the next."""
+    return int(np.ceil(record["epoch"] - 1e-9))
 
 
 def by_seed(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
