@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 # What each row changes on top of those before it; the last is configs/cifar10_best.py.
 STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("classic", {}),
-    ("batch_norm", {"model.norm": "batch", "model.norm_momentum": 0.6, "model.norm_scale": False}),
+    ("batch_norm", {"model.norm": "batch", "model.norm_momentum": 0.95, "model.norm_scale": False}),
     ("no_dropout", {"model.dropout": 0.0}),
     ("small_hidden_layers", {"model.hidden": (256, 256)}),
     (
@@ -30,12 +30,13 @@ STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     ("linear", {"optimizer.schedule": "linear"}),
-    ("label_smoothing", {"train.label_smoothing": 0.1}),
+    ("label_smoothing", {"train.label_smoothing": 0.2}),
     ("alternating_flip", {"augment.alternating_flip": True}),
     ("whitening", {"model.whitening": 2, "model.whitening_bias": False}),
     ("dirac", {"model.kernel_init": "dirac"}),
     ("gelu_after_pooling", {"model.activation": "gelu", "model.pool_first": True}),
     ("early_pooling", {"model.pools": (True, True, True, False, True)}),
+    ("average_pooling", {"model.pool_to": 1}),
     (
         "bias_rates",
         {"optimizer.rate_patterns": ("norm*/bias",), "optimizer.rate_factors": (10.0,)},

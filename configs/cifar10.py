@@ -22,10 +22,11 @@ def get_config() -> ConfigDict:
     # Channels are cheap where there are few pixels, so the last two layers are wide, and small.
     config.model.features = (32, 72, 160, 320, 320)
     config.model.pools = (True, True, True, False, True)
+    config.model.pool_to = 1  # where something is in the image is of no account
     config.model.hidden = (256, 256)
     config.model.norm = "batch"
     config.model.norm_scale = False
-    config.model.norm_momentum = 0.6
+    config.model.norm_momentum = 0.95  # over 20 batches, which at the end differ by chance alone
     config.model.activation = "gelu"
     config.model.pool_first = True
     config.model.kernel_init = "dirac"

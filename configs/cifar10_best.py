@@ -22,10 +22,11 @@ def get_config() -> ConfigDict:
     config.model.whitening_bias = False
     config.model.features = (64, 128, 256, 384, 384)
     config.model.pools = (True, True, True, False, True)
+    config.model.pool_to = 1
     config.model.hidden = (256, 256)
     config.model.norm = "batch"
     config.model.norm_scale = False
-    config.model.norm_momentum = 0.6
+    config.model.norm_momentum = 0.95
     config.model.activation = "gelu"
     config.model.pool_first = True
     config.model.kernel_init = "dirac"
@@ -38,6 +39,6 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.16
     config.optimizer.rate_patterns = ("norm*/bias", "conv*/kernel")
     config.optimizer.rate_factors = (10.0, 4.0)
-    config.train.label_smoothing = 0.1
+    config.train.label_smoothing = 0.2
     config.test.views = "flip_translate"
     return config
