@@ -2,9 +2,10 @@
 
 python -m alexnet_jax.main --config=configs/cifar10.py
 
-On the JPEG copy one seed, trained on 45,000 images, had 87.66% of the 5,000 validation images
-right, 89.66% with views; one, trained on all 50,000, 87.88% of the test images, 89.44% with views.
-docs/results.md says what is missing.
+On the JPEG copy (--config.data.name=cifar10_jpeg) one seed, trained on 45,000 images, had 88.62% of
+the 5,000 validation images right, 89.92% with views; one (seed 0), trained on all 50,000, 88.60% of
+the test images, 89.77% with views. docs/results.md says how it was found, and what is missing. An
+epoch takes 71 s on 2 cores of an AMD EPYC with AVX-512.
 """
 
 from ml_collections import ConfigDict
@@ -19,9 +20,9 @@ def get_config() -> ConfigDict:
     # computed of what has the most pixels.
     config.model.whitening = 2
     config.model.whitening_bias = False
-    # Channels are cheap where there are few pixels, so the last two layers are wide, and small.
-    config.model.features = (32, 72, 160, 320, 320)
-    config.model.pools = (True, True, True, False, True)
+    # Channels are cheap where there are few pixels, so the layers widen as the image shrinks.
+    config.model.features = (32, 48, 128, 160, 192)
+    config.model.pools = (True, False, True, False, True)
     config.model.pool_to = 1  # where something is in the image is of no account
     config.model.hidden = (256, 256)
     config.model.norm = "batch"
