@@ -2,8 +2,8 @@
 
 python -m alexnet_jax.main --config=configs/cifar10_best.py
 
-The default's techniques (configs/cifar10.py says why), with twice its channels, and pooling where it
-was before. The frozen convolution that whitens the patches is measured, not trained, and not counted
+The default's techniques (configs/cifar10.py says why), with twice its channels, and an earlier
+pooling. The frozen convolution that whitens the patches is measured, not trained, and not counted
 among the 5.
 
 Not yet measured on the test set: docs/results.md says how it will be. On the JPEG copy one seed,
