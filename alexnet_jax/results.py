@@ -133,6 +133,12 @@ def group(runs: Sequence[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
+def name_of(run: Run) -> str:
+    """Names a row after the folder of a run, without the "-SEED" that its name may end in."""
+    name = run.folder.resolve().name
+    return name.removesuffix(f"-{run.seeds[0]}") or name
+
+
 def confidence(values: Sequence[float], level: float = 0.95) -> float:
     """Returns half the width of the interval that holds the mean with a confidence, by Student's t.
 

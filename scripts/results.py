@@ -12,7 +12,8 @@ from alexnet_jax import programs
 
 _EPILOG = f"""\
 Runs that differ in nothing but their seeds make one row: mean, standard deviation, and the 95%
-interval of the mean by Student's t. A row is named after the first of its folders.
+interval of the mean by Student's t. A row is named after the first of its folders, without the
+"-SEED" that its name may end in.
 
 examples:
   python scripts/results.py runs/classic runs/best
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     runs = [results.read_run(folder) for folder in options.folders]
     groups = results.group(runs)
-    names = [members[0].folder.resolve().name for members in groups]
+    names = [results.name_of(members[0]) for members in groups]
     text = results.table(groups, names)
     if options.pictures:
         page = options.into or Path("page.md")

@@ -192,7 +192,7 @@ def test_each_row_is_shown_with_its_pictures_and_classes(tmp_path, capsys):
     text = page.read_text()
     assert capsys.readouterr().out.strip() in text
     links = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert links == [f"../pictures/small-0-{kind}.png" for kind in ("curves", "confusion")]
+    assert links == [f"../pictures/small-{kind}.png" for kind in ("curves", "confusion")]
     for link in links:
         assert (page.parent / link).read_bytes().startswith(b"\x89PNG")
     assert re.search(r"cat +80\.0% +20 +dog \(4\)", text)
