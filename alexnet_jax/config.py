@@ -104,7 +104,7 @@ def default_config(model: str = "alexnet") -> ConfigDict:
 
     config.test = ConfigDict()
     config.test.measure = True  # at the end; False never opens the test set: for runs to choose by
-    config.test.views = "none"  # beside: "flip", "flip_translate", "flip_grid", "ten_crop"
+    config.test.views = "none"  # measured beside: "flip", "flip_translate", "ten_crop"
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_seconds = 300.0  # beside those after each epoch; 0 is off

@@ -81,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--views",
         metavar="NAME",
-        help="of each image, whose answers are averaged: flip, flip_translate, flip_grid, "
-        "ten_crop, or none (default: as the run had it)",
+        help="of each image, whose answers are averaged: flip, flip_translate, ten_crop, or none "
+        "(default: as the run had it)",
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures there; - prints them")
     return parser

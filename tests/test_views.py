@@ -32,10 +32,6 @@ def expected_views(name, pixels):
         border = padded(pixels, 1)
         up_left, down_right = border[:, :8, :8], border[:, 2:, 2:]
         views = [(0.25, pixels), (0.125, up_left), (0.125, down_right)]
-    elif name == "flip_grid":
-        border = padded(pixels, 2)
-        places = [(0, 0), (0, 2), (0, 4), (2, 0), (2, 2), (2, 4), (4, 0), (4, 2), (4, 4)]
-        views = [(1 / 18, border[:, y : y + 8, x : x + 8]) for y, x in places]
     else:
         border = padded(pixels, 2)
         views = [
@@ -75,10 +71,6 @@ def test_views_of_a_part_of_the_image(name):
     if name == "ten_crop":
         corners = [(0, 0), (0, 3), (3, 0), (3, 3), (1, 1)]
         seen = [pixels[:, y : y + 6, x : x + 6] for y, x in corners]
-    elif name == "flip_grid":
-        border = padded(pixels, 2)
-        places = [(y, x) for y in (1, 3, 5) for x in (1, 3, 5)]
-        seen = [border[:, y : y + 6, x : x + 6] for y, x in places]
     else:
         border = padded(pixels, 1)
         moved = [(1, 1), (0, 0), (2, 2)][: 1 if name == "flip" else 3]

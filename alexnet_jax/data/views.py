@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.data.augment import centre, with_border
 
-VIEWS = ("none", "flip", "flip_translate", "flip_grid", "ten_crop")
+VIEWS = ("none", "flip", "flip_translate", "ten_crop")
 
 
 class Views(NamedTuple):
@@ -62,12 +62,6 @@ def flip_translate(images: Array, size: int = 0) -> Array:
     return _mirrored(_centres([images, *_shifted(images, 1, [(0, 0), (2, 2)])], size))
 
 
-def flip_grid(images: Array, size: int = 0) -> Array:
-    """As `flip`, of the image shifted by -2, 0 and 2 pixels along each side: 18 views."""
-    corners = [(y, x) for y in (0, 2, 4) for x in (0, 2, 4)]
-    return _mirrored(_centres(_shifted(images, 2, corners), size))
-
-
 def ten_crop(images: Array, padding: int, size: int = 0, fill: str = "reflect") -> Array:
     """The four corners and the centre of each image, and their mirror images: 10 views.
 
@@ -103,8 +97,7 @@ def create_views(config: ConfigDict) -> Views | None:
     """Returns the views that a config names; None for "none".
 
     "flip" and "flip_translate" are levels 1 and 2 of airbench (Jordan, 2024): logits are averaged,
-    with half of the weight on the image that is not shifted. "flip_grid" goes on from there, with
-    all views alike. "ten_crop" is that of Krizhevsky,
+    with half of the weight on the image that is not shifted. "ten_crop" is that of Krizhevsky,
     Sutskever and Hinton (2012): the softmax is averaged; its crops are of `data.crop_size`, or of
     images with the border that they had in training.
 
@@ -119,8 +112,6 @@ def create_views(config: ConfigDict) -> Views | None:
         case "flip_translate":
             weights = (1 / 4,) * 2 + (1 / 8,) * 4
             return Views(lambda images: flip_translate(images, size), mean_logits(weights))
-        case "flip_grid":
-            return Views(lambda images: flip_grid(images, size), mean_logits((1 / 18,) * 18))
         case "ten_crop":
             return Views(
                 lambda images: ten_crop(images, augment.crop_padding, size, augment.crop_fill),
