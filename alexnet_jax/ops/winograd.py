@@ -72,7 +72,7 @@ def _forward(images: Array, kernel: Array, in_chunks: bool) -> tuple[Array, tupl
         tiles = (batch, height // TILE, width // TILE)
         return _inverse_transform(products.reshape(_POINTS, _POINTS, *tiles, -1))
 
-    size = _chunk_size(images, kernel) if in_chunks else images.shape[0]
+    size = _chunk_size(images, kernel, in_chunks)
     if size == images.shape[0]:
         return convolve_some(images), (images, kernel)
     results = lax.map(convolve_some, _chunks(images, size))
@@ -96,7 +96,7 @@ def _backward(
         by_image = _image_transform_transposed(by_tile.reshape(_POINTS, _POINTS, *tiles, -1))
         return by_kernel + _multiply(tiled, spread, 1, 1), by_image
 
-    size = _chunk_size(images, kernel) if in_chunks else images.shape[0]
+    size = _chunk_size(images, kernel, in_chunks)
     nothing = jnp.zeros_like(transformed)
     if size == images.shape[0]:
         by_kernel, by_image = differentiate_some(nothing, (images, gradient))
@@ -109,13 +109,13 @@ def _backward(
 convolve.defvjp(_forward, _backward)
 
 
-def _chunk_size(images: Array, kernel: Array) -> int:
+def _chunk_size(images: Array, kernel: Array, in_chunks: bool) -> int:
     """Says how many images to take at a time: as many as all, or a divisor of it."""
     batch, height, width, _ = images.shape
     channels, features = kernel.shape[2:]
     points = (height // TILE) * (width // TILE) * _POINTS**2
     image_bytes = points * (channels + features) * images.dtype.itemsize
-    if batch * image_bytes <= _WHOLE_BYTES:
+    if not in_chunks or batch * image_bytes <= _WHOLE_BYTES:
         return batch
     kernel_bytes = _POINTS**2 * channels * features * images.dtype.itemsize
     most = max(1, max(_CHUNK_BYTES, _CHUNK_PER_KERNELS * kernel_bytes) // image_bytes)
