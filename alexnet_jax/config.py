@@ -30,7 +30,7 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     """
     config = ConfigDict()
     config.seed = 0
-    config.num_seeds = 1  # trained at once, each as by itself: seed, seed + 1, ...
+    config.num_seeds = 1  # trained in one run, each as by itself: seed, seed + 1, ...
     config.cpu_kernels = "auto"  # "auto", "on", "off": convolve as alexnet_jax.ops does on a CPU
 
     config.data = ConfigDict()

@@ -1,4 +1,4 @@
-"""CIFAR-10 to 82.55% in few minutes of 2 cores of a CPU: narrow, whitened, Muon, 3 epochs.
+"""CIFAR-10 to 82.55% in a few minutes of 2 cores of a CPU: narrow, whitened, Muon, 3 epochs.
 
 python -m alexnet_jax.main --config=configs/cifar10_fast.py
 

@@ -1,4 +1,4 @@
-"""A small AlexNet on scikit-learn's handwritten digits: needs no network, ends in a minute.
+"""A small AlexNet on scikit-learn's handwritten digits: needs no internet, ends in a minute.
 
 python -m alexnet_jax.main --config=configs/digits.py
 

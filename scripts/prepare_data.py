@@ -15,7 +15,7 @@ _EPILOG = f"""\
 PATH is one of
   cifar-10-binary.tar.gz or cifar-10-python.tar.gz, the official archives;
   a folder or an archive (tar, tar.gz, tar.xz, tar.bz2, zip) of images in class folders:
-  train/CLASS/IMAGE and test/CLASS/IMAGE, or just CLASS/IMAGE, which is then split.
+  train/CLASS/IMAGE and test/CLASS/IMAGE (or val/), or just CLASS/IMAGE, which is then split.
 
 examples:
   python scripts/prepare_data.py ~/Downloads/cifar-10-python.tar.gz

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         page = report.write_comparison(options.runs, output or Path("comparison.html"))
     print(page)
-    print("Next: open it in a browser; it needs no network.", file=sys.stderr)
+    print("Next: open it in a browser; it needs no internet connection.", file=sys.stderr)
     return 0
 
 

@@ -27,8 +27,8 @@ from alexnet_jax import programs
 
 _EPILOG = f"""\
 examples:
-  python scripts/torture.py                           100 kills, about 15 minutes
-  python scripts/torture.py --damage                  100 damages of each kind, about 9 minutes
+  python scripts/torture.py                           100 kills, 15 to 30 minutes
+  python scripts/torture.py --damage                  100 damages of each kind, 7 to 9 minutes
   python scripts/torture.py --kills=5 --json=kills.json
 
 Exit codes: 0 all held, 1 something did not,
