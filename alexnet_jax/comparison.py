@@ -104,7 +104,9 @@ def _train_one(arguments: Sequence[str]) -> int:
         asked = False
         while True:
             try:
-                return programs.shell_code(process.wait(timeout=0.2))
+                code = programs.shell_code(process.wait(timeout=0.2))
+                # Asked for too late for that run, which is finished, and in time for the next.
+                return code or (programs.EXIT_INTERRUPTED if stop_requested() else 0)
             except subprocess.TimeoutExpired:
                 if stop_requested() and not asked:
                     asked = True

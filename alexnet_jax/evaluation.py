@@ -13,7 +13,7 @@ from alexnet_jax.config import validate
 from alexnet_jax.data import batches
 from alexnet_jax.data.resident import load_split
 from alexnet_jax.data.views import Views, create_views
-from alexnet_jax.errors import InputError
+from alexnet_jax.errors import InputError, show
 from alexnet_jax.inference import Network
 from alexnet_jax.metrics import EvalMetrics
 from alexnet_jax.state import TrainState
@@ -99,11 +99,17 @@ def evaluate_network(
         views: One of `data.views.VIEWS`, measured beside; None takes the run's own.
 
     Raises:
-        InputError: There are no such views, the data cannot be had, their classes are others, or
-            the run's own have changed since it began.
+        InputError: There are no such views, the data cannot be had, they are to have another size
+            than the network's, or other classes, or the run's own have changed since it began.
     """
     config = network.config.copy_and_resolve_references()
     if data is not None:
+        for name in ("image_size", "crop_size", "normalize"):
+            if data[name] != config.data[name]:
+                raise InputError(
+                    f"config.data.{name} is {show(data[name])}; the network was trained with "
+                    f"{show(config.data[name])}, and takes no other."
+                )
         config.data = data
     if views is not None:
         config.test.views = views

@@ -78,7 +78,7 @@ def _matching(pattern: str, params: Any) -> Any:
 
 def _matching_any(patterns: tuple[str, ...], params: Any) -> Any:
     marks = [_matching(pattern, params) for pattern in patterns]
-    return jax.tree.map(lambda *each: any(each), *marks)
+    return jax.tree.map(lambda _, *each: any(each), params, *marks)
 
 
 def check_patterns(config: ConfigDict, params: Any) -> None:
@@ -130,7 +130,7 @@ def check_patterns(config: ConfigDict, params: Any) -> None:
 
 
 def muon_share(config: ConfigDict, params: Any) -> str:
-    """Says how many of a network's parameters Muon trains; "" if it is off.
+    """Says how many of the parameters that are trained Muon does; "" if it is off.
 
     Args:
         config: The section.
@@ -138,8 +138,12 @@ def muon_share(config: ConfigDict, params: Any) -> str:
     """
     if not config.muon_rate:
         return ""
-    marks, leaves = jax.tree.leaves(_matching(config.muon_pattern, params)), jax.tree.leaves(params)
-    sizes = [math.prod(leaf.shape) for leaf in leaves]
+    marks = jax.tree.leaves(_matching(config.muon_pattern, params))
+    still = jax.tree.leaves(_matching_any(config.frozen, params))
+    sizes = [
+        0 if frozen else math.prod(leaf.shape)
+        for leaf, frozen in zip(jax.tree.leaves(params), still, strict=True)
+    ]
     share = sum(size for size, mark in zip(sizes, marks, strict=True) if mark)
     return (
         f"Muon trains {share:,} of {sum(sizes):,} parameters, those of {config.muon_pattern!r}; "
@@ -155,6 +159,9 @@ def multiply_rates(patterns: tuple[str, ...], factors: tuple[float, ...]) -> Any
     Args:
         patterns: Shell patterns of paths, such as "norm*/bias".
         factors: Of each; where several patterns match, all count.
+
+    Returns:
+        A stateless `optax.GradientTransformation`, for behind those that make steps of gradients.
     """
 
     def multiply(updates: Any, params: Any) -> Any:

@@ -27,12 +27,20 @@ def seeds(first: int, count: int) -> np.ndarray:
 
 
 def create(create_one: Callable[[Array], TrainState], seeds: np.ndarray) -> TrainState:
-    """Initialises the state of every seed, by one program that does them in turn."""
+    """Initialises the state of every seed, by one program that does them in turn.
+
+    Args:
+        create_one: From a seed, uint32[], to its state.
+        seeds: uint32[R].
+
+    Returns:
+        The state with R replicas: each array has one more dimension, its first, of length R.
+    """
     return jax.lax.map(create_one, jnp.asarray(seeds))
 
 
 def pick(tree: Any, index: Any) -> Any:
-    """Returns one replica of arrays with a dimension of replicas."""
+    """Returns one replica of arrays whose first dimension is that of replicas, without it."""
     return jax.tree.map(lambda x: x[index], tree)
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import runpy
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from alexnet_jax import report, run_folder, writers
-from alexnet_jax.config import FREE_KEYS, flatten
+from alexnet_jax import command_line, report, run_folder, writers
+from alexnet_jax.config import FREE_KEYS, default_config, flatten
 from alexnet_jax.errors import InputError
 from alexnet_jax.report import figures, measures
 
@@ -77,6 +76,11 @@ def read_run(folder: Path) -> Run:
         raise InputError(
             f"the run in {folder} is not finished; give its command again, which goes on."
         )
+    try:  # As `run_folder.read_config`: an option that is newer than the run has its default.
+        defaults = dict(flatten(default_config(options.get("model.name"))))
+    except InputError:  # a network of another version
+        defaults = {}
+    options = {key: _plain(value) for key, value in defaults.items()} | options
     return Run(folder, options, dataset, results)
 
 
@@ -84,7 +88,7 @@ def keep_records(runs: Sequence[Run], folder: Path) -> None:
     """Writes what is read here of runs into a folder, small enough to stand beside their table.
 
     Each has a folder of its name in it, which is a run folder to `read_run`; of its training steps
-    there is one record an epoch.
+    there is one record an epoch. Runs that lie in that folder are left as they are.
 
     Raises:
         InputError: Two runs have one name.
@@ -101,6 +105,8 @@ def keep_records(runs: Sequence[Run], folder: Path) -> None:
         by_name[name] = run
     for name, run in by_name.items():
         kept = folder / name
+        if kept.resolve() == run.folder.resolve():  # a record already, or not to become one
+            continue
         run_folder.make_folder(kept)
         run_folder.write_json(kept / run_folder.CONFIG, run.options)
         run_folder.write_json(kept / run_folder.DATASET, run.dataset)
@@ -119,7 +125,8 @@ def group(runs: Sequence[Run]) -> list[list[Run]]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         same = {k: v for k, v in run.options.items() if k not in FREE_KEYS | set(_SEED_KEYS)}
-        groups.setdefault(repr((sorted(same.items()), run.dataset["checksums"])), []).append(run)
+        data = run.dataset.get("checksums")  # which runs of earlier versions did not note
+        groups.setdefault(repr((sorted(same.items()), data)), []).append(run)
     for members in groups.values():
         where: dict[int, Path] = {}
         for run in members:
@@ -134,9 +141,9 @@ def group(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def name_of(run: Run) -> str:
-    """Names a row after the folder of a run, without the "-SEED" that its name may end in."""
+    """Names a row after the folder of a run, without the "-0" or "-seed0" of its seed."""
     name = run.folder.resolve().name
-    return name.removesuffix(f"-{run.seeds[0]}") or name
+    return name.removesuffix(f"-{run.seeds[0]}").removesuffix(f"-seed{run.seeds[0]}") or name
 
 
 def confidence(values: Sequence[float], level: float = 0.95) -> float:
@@ -253,9 +260,16 @@ def details(
         Markdown, with a heading of the third level for each group.
 
     Raises:
+        InputError: Two groups have one name.
         SaveFailed: A file cannot be written.
     """
     lines = []
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(
+                f"two rows are called {name!r}, and the pictures of one would replace the other's: "
+                "their runs differ in more than their seeds; rename a folder."
+            )
     for members, name in zip(groups, names, strict=True):
         judged = report.tested_split(members[0].results)
         confusion = np.sum([run.results[judged]["confusion"] for run in members], axis=0)
@@ -288,7 +302,10 @@ def command(run: Run, configs: Path | None = None) -> str:
     folder = configs or Path(__file__).parents[1] / "configs"
     candidates = []
     for path in sorted(folder.glob("*.py")):
-        options = dict(flatten(runpy.run_path(str(path))["get_config"]()))
+        try:
+            options = dict(flatten(command_line.load_config(str(path))))
+        except InputError:  # a file that is no config, or needs an argument
+            continue
         if options.keys() == run.options.keys():
             changed = {
                 key: value
@@ -297,7 +314,7 @@ def command(run: Run, configs: Path | None = None) -> str:
             }
             candidates.append((len(changed), path.name, changed))
     if not candidates:
-        return "python -m alexnet_jax.main (of an earlier version)"
+        return "python -m alexnet_jax.main (with options that no config file here has)"
     _, name, changed = min(candidates, key=lambda candidate: candidate[:2])
     flags = [
         f"--{'' if value else 'no'}config.{key}"

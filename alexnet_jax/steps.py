@@ -180,6 +180,9 @@ def eval_step(
         normalize: From uint8 images to what the network takes.
         views: As of `predict_step`.
         axis_name: Mapped device axis that the batch is split over, if any.
+
+    Returns:
+        What loss, accuracy and confusion matrix are made of: sums over the batch of all devices.
     """
     logits = predict_step(state, batch["image"], model=model, normalize=normalize, views=views)
     return over_devices(_eval_metrics(logits, batch), axis_name)
@@ -217,8 +220,8 @@ def judge_step(
     Returns:
         The metrics; and label int32[B], mask bool[B], `classes` int32[B, K], likeliest first, and
         their `probabilities` float32[B, K], `label_probability` float32[B], and, of the most
-        confident mistakes and, where these are fewer than P, of other images, the rows `mistakes`
-        int32[P] and `pictures` uint8[P, H, W, C].
+        confident mistakes and, where these are fewer than P, of any other rows, also of those that
+        the mask leaves out, the rows `mistakes` int32[P] and `pictures` uint8[P, H, W, C].
     """
     logits = predict_step(state, batch["image"], model=model, normalize=normalize)
     all_probabilities = jax.nn.softmax(logits)

@@ -452,7 +452,10 @@ def _loop(
                 last_save = time.monotonic()
                 agree.forget()
         checkpoints.finish()  # while signals are still ours: the save is what they ask for
-    return step < total_steps, state
+        if not stopping:  # for what was asked during the last step, or its validation
+            agree(stop_requested(), False)
+            stopping, _ = agree(stop_requested(), False)
+    return stopping, state
 
 
 def _diverged(what: str, step: int, rate: float) -> Diverged:

@@ -13,7 +13,7 @@ from alexnet_jax import programs
 _EPILOG = f"""\
 Runs that differ in nothing but their seeds make one row: mean, standard deviation, and the 95%
 interval of the mean by Student's t. A row is named after the first of its folders, without the
-"-SEED" that its name may end in.
+"-0" or "-seed0" of its seed.
 
 examples:
   python scripts/results.py runs/classic runs/best

@@ -407,12 +407,18 @@ def test_other_data_are_measured_only_where_they_fit(network):
     for split in ("test", "validation", "test[:10]"):
         with pytest.raises(InputError, match=r"have changed since the run .* they were others"):
             evaluation.evaluate_network(other, split)
+    data = network.config.data.copy_and_resolve_references()
+    data.image_size += 1
+    with pytest.raises(InputError, match=r"image_size is 9; the network was trained with 8"):
+        evaluation.evaluate_network(network, data=data)
     renamed = changed(other, name="another")
     assert evaluation.evaluate_network(renamed, "test[:10]").images == 10
     network.config.data.validation_fraction, before = 0.0, network.config.data.validation_fraction
     try:
-        with pytest.raises(InputError, match="has no validation images"):
-            evaluation.evaluate_network(network, "validation")
+        for too_small in (0.0, 0.003):
+            network.config.data.validation_fraction = too_small
+            with pytest.raises(InputError, match="has no validation images"):
+                evaluation.evaluate_network(network, "validation")
     finally:
         network.config.data.validation_fraction = before
 

@@ -207,6 +207,21 @@ def test_kernels_start_with_the_deviation_asked_for(name, gain):
         assert deviation == pytest.approx((gain / fan_in) ** 0.5, rel=0.08)
 
 
+@pytest.mark.parametrize("groups", [2, 3])
+def test_dirac_kernels_begin_as_the_identity_in_each_group(groups):
+    ours = np.asarray(layers.dirac(jax.random.key(0), (3, 3, 4, 6 * groups), groups=groups))
+    theirs = torch.nn.init.dirac_(torch.empty(6 * groups, 4, 3, 3), groups)
+    theirs = theirs.permute(2, 3, 1, 0).numpy()
+    drawn = np.asarray(nn_flax.initializers.he_normal()(jax.random.key(0), ours.shape))
+    same = np.arange(6 * groups) % 6 < 4
+    np.testing.assert_array_equal(ours[..., same], theirs[..., same])
+    np.testing.assert_array_equal(ours[..., ~same], drawn[..., ~same])
+    one = {"kernels": (3, 3), "strides": (1, 1), "pools": (True, True), "kernel_init": "dirac"}
+    model = AlexNet(5, features=(4, 4), groups=(1, 2), hidden=(), norm="batch", **one)
+    kernel = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), train=False)["params"]["conv2"]
+    np.testing.assert_array_equal(kernel["kernel"][1, 1], np.tile(np.eye(2), 2))
+
+
 @pytest.mark.parametrize(("inputs", "outputs"), [(4, 9), (6, 6), (5, 3)])
 def test_dirac_kernels_begin_as_the_identity(inputs, outputs):
     ours = np.asarray(layers.dirac(jax.random.key(0), (3, 3, inputs, outputs)))

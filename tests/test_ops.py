@@ -591,6 +591,7 @@ def test_the_switch_in_bfloat16(caplog, monkeypatch):
     [
         ("CPU", "float32", "conv_relu_pool"),
         ("FEW_CORES", "float32", "conv_relu_pool"),
+        ("FEW_CORES", "float32", "conv_general_dilated"),
         ("AMX", "bfloat16", "conv_general_dilated"),
     ],
 )

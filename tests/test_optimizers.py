@@ -343,6 +343,9 @@ def test_muon_says_what_it_trains():
     sizes = [leaf.size for leaf in jax.tree.leaves(PARAMS)]
     says = muon_share(section(muon_rate=0.1), PARAMS)
     assert says.startswith(f"Muon trains {PARAMS['conv1']['kernel'].size} of {sum(sizes)} param")
+    says = muon_share(section(muon_rate=0.1, frozen=("norm1/*",)), PARAMS)
+    trained = sum(sizes) - sum(leaf.size for leaf in jax.tree.leaves(PARAMS["norm1"]))
+    assert f" of {trained} param" in says
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_steps": 2, "clip_norm": 1.0}])

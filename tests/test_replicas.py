@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from alexnet_jax import parallel, replicas, train, writers
+from alexnet_jax import models, optimizers, parallel, replicas, state, train, writers
 from alexnet_jax.config import default_config
 from alexnet_jax.errors import Diverged, InputError, Interrupted
 from alexnet_jax.train import train_and_evaluate
@@ -216,3 +216,20 @@ def test_a_traced_seed_gives_the_same_key(seed):
         np.testing.assert_array_equal(
             jax.random.key_data(keys[index]), jax.random.key_data(jax.random.key(seed + index))
         )
+
+
+def test_each_replica_has_a_plateau_of_its_own(data_dir):
+    config = tiny_config(data_dir)
+    config.optimizer.update({"schedule": "plateau", "plateau_epochs": 1, "step_factor": 0.5})
+    model = models.create_model(config.model, num_classes=10)
+    optimizer = optimizers.create_optimizer(config.optimizer, lambda _: 0.1)
+    mesh = parallel.make_mesh()
+    states = replicas.create(
+        lambda seed: state.create_state(model, optimizer, image_shape=(8, 8, 3), seed=seed),
+        replicas.seeds(SEEDS[0], 2),
+    )
+    validated = train._compile_validated(config, parallel.replicated(mesh))
+    for accuracies in ([0.5, 0.5], [0.6, 0.4]):  # the second no longer improves
+        states = validated(states, np.array(accuracies, np.float32))
+    factors = [optimizers.plateau_factor(replicas.pick(states.opt_state, i)) for i in (0, 1)]
+    assert factors == [1.0, 0.5]

@@ -139,6 +139,8 @@ def test_the_command_names_the_nearest_config_and_what_differs(tmp_path):
         "python -m alexnet_jax.main --config=configs/cifar10_classic.py --noconfig.augment.flip "
         '--config.model.features="(8,8,8,8,8)" --config.train.epochs=3'
     )
+    (tmp_path / "common.py").write_text("SHARED = 1")  # beside configs, and none itself
+    assert "with options that no config file here has" in command(run, tmp_path)
 
 
 def test_a_seed_that_comes_twice_is_refused(tmp_path):
@@ -146,6 +148,32 @@ def test_a_seed_that_comes_twice_is_refused(tmp_path):
     other = make_run(tmp_path / "other", (0.9,), seed=4)
     with pytest.raises(InputError, match=r"one and .*other are the same run .*, 4; name one"):
         group([read_run(one), read_run(other)])
+
+
+def test_an_option_that_is_newer_than_a_run_makes_no_other_row(tmp_path):
+    old = make_run(tmp_path / "old", (0.8,))
+    options = json.loads((old / "config.json").read_text())
+    del options["augment.cutout"], options["model.pools"]
+    (old / "config.json").write_text(json.dumps(options))
+    new = make_run(tmp_path / "new", (0.9,), seed=1)
+    assert len(group([read_run(old), read_run(new)])) == 1
+    for folder in (old, new):
+        dataset = json.loads((folder / "dataset.json").read_text())
+        del dataset["checksums"]
+        (folder / "dataset.json").write_text(json.dumps(dataset))
+    assert len(group([read_run(old), read_run(new)])) == 1
+
+
+def test_rows_of_one_name_do_not_replace_each_others_pictures(tmp_path, capsys):
+    runs = [make_run(tmp_path / "best-0", (0.8,))]
+    config = program("configs", "cifar10_classic").get_config()
+    config.train.epochs = 3
+    runs.append(make_run(tmp_path / "best-seed1", (0.9,), seed=1, config=config))
+    pictures = tmp_path / "pictures"
+    main = program("scripts", "results").main
+    assert main([*map(str, runs), f"--pictures={pictures}"]) == 2
+    assert "two rows are called 'best'" in capsys.readouterr().err
+    assert not pictures.exists()
 
 
 def test_what_is_no_finished_run_is_refused(tmp_path):
@@ -228,6 +256,10 @@ def test_records_make_the_same_table_and_curves(tmp_path, capsys):
             assert curves[0].keys() == curves[1].keys()
             for split in curves[0]:
                 np.testing.assert_allclose(*(each[split] for each in curves))
+    before = (runs[0] / "metrics.jsonl").read_text()
+    assert main([str(runs[0]), f"--records={tmp_path}"]) == 0  # where it lies: no step is lost
+    assert (runs[0] / "metrics.jsonl").read_text() == before
+    capsys.readouterr()
     (tmp_path / "elsewhere").mkdir()
     other = make_run(tmp_path / "elsewhere" / "one", (0.8,), seed=7)
     assert main([str(runs[0]), str(other), f"--records={tmp_path / 'records'}"]) == 2
@@ -397,3 +429,5 @@ def test_a_request_to_stop_is_passed_on_to_the_run(monkeypatch, tmp_path):
         lambda command, **options: popen([sys.executable, str(script)], **options),
     )
     assert comparison._train_one([]) == 75
+    script.write_text(script.read_text().replace("74 + len(count)", "0"))
+    assert comparison._train_one([]) == 75  # that run is finished, the next one is not to begin

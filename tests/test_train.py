@@ -265,6 +265,37 @@ def test_stopped_by_sigterm_and_resumed_is_bit_equal(
     assert_same_run(whole_run[0], tmp_path / "run", 30)
 
 
+def test_a_request_during_the_last_validation_is_answered(config, tmp_path, monkeypatch):
+    validate = train._validate
+
+    def stop_and_validate(data, programs, state, writer):
+        if state.steps_taken == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(data, programs, state, writer)
+
+    monkeypatch.setattr(train, "_validate", stop_and_validate)
+    with pytest.raises(Interrupted) as stop:
+        train_and_evaluate(config, tmp_path / "run")
+    assert stop.value.step == 30
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert train_and_evaluate(config, tmp_path / "run")["step"] == 30
+
+
+def test_validation_images_that_round_to_none(config, tmp_path, caplog):
+    config.data.validation_fraction = 0.003
+    config.test.measure = False
+    with pytest.raises(InputError, match=r"less than one image of each class .* raise it"):
+        train_and_evaluate(config, tmp_path / "untested")
+    config.test.measure = True
+    config.train.epochs = 1
+    config.optimizer.schedule = "plateau"
+    with pytest.raises(InputError, match="'plateau', goes by"):
+        train_and_evaluate(config, tmp_path / "plateau")
+    config.optimizer.schedule = "constant"
+    assert "validation" not in train_and_evaluate(config, tmp_path / "run")
+    assert "nothing is measured before the end" in caplog.text
+
+
 def run_python(code, *arguments, **variables):
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],

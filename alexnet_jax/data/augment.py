@@ -8,7 +8,9 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-Augment = Callable[[Array, Array], Array]  # (key, uint8[B, H, W, C]) -> [B, h, w, C], 0..255
+# From a key and uint8[B, H, W, C] to [B, h, w, C] on the scale 0..255: uint8, or, with shifted
+# colours, float32 that may reach beyond it.
+Augment = Callable[[Array, Array], Array]
 Normalize = Callable[[Array], Array]  # [B, H, W, C] on the scale 0..255 -> float32[B, h, w, C]
 
 
@@ -101,7 +103,16 @@ def cutout(key: Array, images: Array, side: int, fill: tuple[int, ...]) -> Array
 
 
 def random_window(key: Array, images: Array, size: int) -> Array:
-    """Takes a square of `size` pixels from anywhere in each image of [B, H, W, C]."""
+    """Takes a square from anywhere in each image.
+
+    Args:
+        key: Random key.
+        images: [B, H, W, C] of any dtype.
+        size: Side of the square in pixels, at most H and W.
+
+    Returns:
+        [B, size, size, C] of the same dtype.
+    """
     batch, height, width, channels = images.shape
     corners = jax.random.randint(
         key, (batch, 2), 0, jnp.array([[height - size + 1, width - size + 1]])
@@ -115,7 +126,7 @@ def random_window(key: Array, images: Array, size: int) -> Array:
 
 
 def centre(images: Array, size: int) -> Array:
-    """Takes the `size` x `size` pixels in the middle of each image of [B, H, W, C]."""
+    """Takes the `size` x `size` pixels in the middle of images [B, H, W, C] of any dtype."""
     top, left = ((side - size) // 2 for side in images.shape[1:3])
     return images[:, top : top + size, left : left + size]
 

@@ -119,7 +119,8 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
         mesh: The devices.
 
     Raises:
-        InputError: The data cannot be had, or are fewer than a batch.
+        InputError: The data cannot be had, are fewer than a batch, or are too few for validation
+            images that something depends on.
     """
     started = time.monotonic()
     source = load_source(config.data, config.data.train_split)
@@ -137,6 +138,8 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
             f"config.train.batch_size is {config.train.batch_size}; {config.data.name} has "
             f"{len(first):,} images to train on, so it must be at most that."
         )
+    if config.data.validation_fraction and not len(second):
+        _no_image_held_out(config)
     sample = first[_evenly_spaced(len(first), STATISTICS_PIXELS // config.data.image_size**2)]
     colours: dict[str, Any] = {}
     if config.augment.pca_colour:
@@ -206,6 +209,23 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     )
 
 
+def _no_image_held_out(config: ConfigDict) -> None:
+    """Tells that no class has images enough for validation; refuses what depends on them."""
+    fraction = config.data.validation_fraction
+    what = (
+        f"config.data.validation_fraction is {fraction}, which is less than one image of each "
+        f"class of {config.data.name}"
+    )
+    if config.optimizer.schedule == "plateau" or not config.test.measure:
+        reason = (
+            "config.optimizer.schedule, 'plateau', goes by"
+            if config.optimizer.schedule == "plateau"
+            else "a run with config.test.measure False is measured on"
+        )
+        raise InputError(f"{what}; raise it, for validation images are what {reason}.")
+    log.warning("%s: nothing is measured before the end.", what)
+
+
 class Split(NamedTuple):
     """The images of one split, to measure on.
 
@@ -252,6 +272,12 @@ def load_split(config: ConfigDict, mesh: Mesh, split: str) -> Split:
         else:
             labels = _labels(source, fraction)
         indices = batches.stratified_split(labels, fraction)[split == "validation"]
+        if not len(indices):
+            raise InputError(
+                f"config.data.validation_fraction is {fraction}, which is less than one image of "
+                f"each class of {name}, so that the run has no validation images; choose another "
+                "split."
+            )
     parts = {config.data.test_split: "test", config.data.train_split: "train"}
     whole = name if name in parts else name.partition("[")[0]
     files = source if whole == name or whole not in parts else load_source(config.data, whole)

@@ -56,7 +56,7 @@ class AlexNet(nn.Module):
         paddings: Zeros at each edge of each convolution's input; () is half of each kernel.
         groups: In how many groups the channels of each convolution are split; () is 1 everywhere.
         response_norms: After which convolutions' ReLU the local response normalisation of the
-            paper stands, before the pooling; () is none.
+            paper stands, before the pooling unless `pool_first`; () is none.
         pools: Whether a max pooling follows each convolution.
         pool_window: Side of the pooling window, in pixels.
         pool_stride: Stride of the pooling; smaller than the window in the paper ("overlapping").
@@ -176,6 +176,7 @@ class AlexNet(nn.Module):
                 )
                 x = layer(x)
                 continue
+            by_group = functools.partial(dirac, groups=groups)
             x = nn.Conv(
                 features,
                 (kernel, kernel),
@@ -183,7 +184,7 @@ class AlexNet(nn.Module):
                 padding=padding,
                 feature_group_count=groups,
                 use_bias=self.norm == "none",  # batch normalisation brings its own
-                kernel_init=init,
+                kernel_init=by_group if init is dirac else init,
                 bias_init=bias_init,
                 dtype=self.dtype,
                 conv_general_dilated=self.ops.conv_general_dilated,

@@ -15,7 +15,12 @@ from alexnet_jax.ops import Ops
 
 
 def dirac(
-    key: Array, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None
+    key: Array,
+    shape: Sequence[int],
+    dtype: Any = jnp.float32,
+    out_sharding: Any = None,
+    *,
+    groups: int = 1,
 ) -> Array:
     """Initialises kernels so that a convolution begins as the identity, as far as it can.
 
@@ -27,15 +32,22 @@ def dirac(
         shape: (k, k, C, O) of a convolution, or (C, O) of a matrix.
         dtype: Of the kernels.
         out_sharding: Where they lie, as JAX's own initializers take it.
+        groups: Of the channels, each of which is convolved by itself; then C is that of one group.
     """
     drawn = he_normal()(key, tuple(shape), dtype, out_sharding)
     if len(shape) == 2:
         return drawn
     height, width, inputs, outputs = shape
-    same = min(inputs, outputs)
+    same = min(inputs, outputs // groups)
     middle = jnp.eye(inputs, same, dtype=dtype)[None, None]
     around = [(side // 2, side - 1 - side // 2) for side in (height, width)]
-    return jnp.concatenate([jnp.pad(middle, [*around, (0, 0), (0, 0)]), drawn[..., same:]], -1)
+    identity = jnp.pad(middle, [*around, (0, 0), (0, 0)])
+    parts = [
+        part
+        for group in jnp.split(drawn, groups, axis=-1)
+        for part in (identity, group[..., same:])
+    ]
+    return jnp.concatenate(parts, -1)
 
 
 class ConvReluPool(nn.Module):

@@ -65,8 +65,9 @@ def _same_size(
 conv_general_dilated = drop_in(_same_size)
 """As `jax.lax.conv_general_dilated`, and by it, for all that is not covered here.
 
-Covered are bfloat16 images in NHWC order without dilation or groups, stride 1, kernels of odd
-sides, and results of the images' size. That can be differentiated in reverse mode only.
+Covered are bfloat16 images in NHWC order without dilation, groups of channels one by one, stride
+1, kernels of odd sides, and results of the images' size. That can be differentiated in reverse
+mode only.
 """
 
 

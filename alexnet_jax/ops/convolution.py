@@ -145,8 +145,9 @@ def _as_products(
 conv_general_dilated = drop_in(functools.partial(_as_products, in_chunks=False))
 """As `jax.lax.conv_general_dilated`, and by it, for all that the algorithms here do not cover.
 
-They cover float32 images in NHWC order without dilation or groups: 3x3 kernels of stride 1 by
-`winograd`, others by `patches` unless these would take too much memory. They can be differentiated
+They cover float32 images in NHWC order without dilation, groups of channels one by one: 3x3
+kernels of stride 1 by `winograd`, unless there are too few channels or pixels for it to be the
+faster one; others by `patches`, unless these would take too much memory. They can be differentiated
 in reverse mode only.
 """
 
