@@ -31,6 +31,7 @@ STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     ("linear", {"optimizer.schedule": "linear"}),
     ("label_smoothing", {"train.label_smoothing": 0.2}),
+    ("wider_shifts", {"augment.crop_padding": 4}),
     ("alternating_flip", {"augment.alternating_flip": True}),
     ("whitening", {"model.whitening": 2, "model.whitening_bias": False}),
     ("dirac", {"model.kernel_init": "dirac"}),
