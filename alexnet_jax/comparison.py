@@ -69,7 +69,10 @@ def train(
     names = [one.name for one in entries]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"{name} is compared with itself; name each config once.")
+            raise InputError(
+                f"two configs are called {name}, and would share a run folder; name each once, or "
+                "rename a file."
+            )
     if seeds < 1:
         raise InputError(f"the number of seeds is {seeds}; it must be at least 1.")
     for one in entries:
@@ -143,8 +146,7 @@ def compare(
     curves = [(name, *_curves(group, split)) for name, group in zip(names, groups, strict=True)]
     picture = figures.png(figures.accuracy_over_time(curves, split))
     run_folder.write_whole(workdir / FIGURE, picture)
-    if len(runs) > 1:
-        report.write_comparison([run.folder for run in runs], workdir / PAGE)
+    report.write_comparison([run.folder for run in runs], workdir / PAGE)
     return table
 
 

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
@@ -75,10 +76,16 @@ def _mean_gradient(
 ) -> Array:
     clean = normalize(image[None])
     spread = noise * (clean.max() - clean.min())
-    copies = clean + spread * jax.random.normal(key, (samples, *image.shape))
+    copies = clean + spread * jax.random.normal(key, (samples, *clean.shape[1:]))
 
     def logit(copies: Array) -> Array:
         logits: Any = module.apply(state.variables, copies, train=False)
         return logits[:, wanted].sum()
 
-    return jax.grad(logit)(copies).mean(axis=0)
+    gradient = jax.grad(logit)(copies).mean(axis=0)
+    # Of an image larger than what the network sees, the middle (`data.augment.centre`); 0 around.
+    margins = [
+        whole - seen for whole, seen in zip(image.shape[:2], gradient.shape[:2], strict=True)
+    ]
+    around = [(margin // 2, margin - margin // 2) for margin in margins]
+    return jnp.pad(gradient, [*around, (0, 0)])

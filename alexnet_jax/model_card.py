@@ -1,11 +1,11 @@
 """What somebody who gets an exported network must know of it, from its run folder."""
 
-import importlib.metadata
 from typing import Any
 
 from alexnet_jax import run_folder
 from alexnet_jax.config import default_config, flatten
 from alexnet_jax.inference import Network
+from alexnet_jax.report import evidence
 
 _PACKAGES = ("alexnet_jax", "jax", "flax", "optax", "numpy")
 
@@ -27,8 +27,9 @@ def model_card(
     names = ", ".join(network.class_names[:20])
     more = f", ... (all {len(network.class_names)} are in class_names.json)"
     weights = "averaged over the steps of training" if network.averaged else "of the last step"
+    imported = info.get("imported")  # name of a file of weights that were trained elsewhere
     lines = [
-        f"# {config.model.name} on {info['name']}",
+        f"# {config.model.name} " + (f"from {imported}" if imported else f"on {info['name']}"),
         "",
         f"`{artefact}` tells which of {len(network.class_names)} classes an image shows: "
         f"{names}{more if len(network.class_names) > 20 else ''}.",
@@ -47,15 +48,17 @@ def model_card(
         "",
         "## Data",
         "",
-        f"{info['name']}, {_of_images(info)}. Content of the files: "
-        + "; ".join(f"{split}: {sum_}" for split, sum_ in info.get("checksums", {}).items())
-        + ".",
+        f"Not known here: the weights are those of `{imported}`." if imported else _data(info),
         "",
         "## Training",
         "",
-        f"{network.step:,} steps of {config.train.batch_size} images, of a run of "
-        f"{config.train.epochs} epochs; the weights are those {weights}. "
-        f"Parameters: {_parameters(network):,}. Options that are not the library's defaults:",
+        (
+            "Elsewhere. "
+            if imported
+            else f"{network.step:,} steps of {config.train.batch_size} images, of a run of "
+            f"{config.train.epochs} epochs; the weights are those {weights}. "
+        )
+        + f"Parameters: {_parameters(network):,}. Options that are not the library's defaults:",
         "",
         *(f"- `{key} = {value!r}`" for key, value in _changed(network)),
         "",
@@ -74,7 +77,7 @@ def model_card(
         "",
         "## Versions",
         "",
-        f"Exported with {_versions()}.",
+        f"Exported with {_listed(evidence.versions(_PACKAGES))}.",
         *([f"Trained with {_listed(results['versions'])}."] if "versions" in results else []),
         "",
         "```bash",
@@ -83,6 +86,11 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _data(info: dict[str, Any]) -> str:
+    checksums = "; ".join(f"{split}: {sum_}" for split, sum_ in info.get("checksums", {}).items())
+    return f"{info['name']}, {_of_images(info)}. Content of the files: {checksums}."
 
 
 def _of_images(info: dict[str, Any]) -> str:
@@ -142,10 +150,6 @@ def _other_arithmetic(network: Network) -> list[str]:
     if dtype == "float32":
         return []
     return [f"Measured in {dtype}; this export computes in float32, which differs in rounding.", ""]
-
-
-def _versions() -> str:
-    return _listed({name: importlib.metadata.version(name) for name in _PACKAGES})
 
 
 def _listed(versions: dict[str, str]) -> str:

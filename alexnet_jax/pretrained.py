@@ -314,8 +314,9 @@ def _check_name(path: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(digits[1]):
         raise InputError(
-            f"{path} is damaged: its name says that its SHA-256 begins with {digits[1]}, and it "
-            f"begins with {digest[: len(digits[1])]}; download it again."
+            f"{path} may be damaged: by its name its SHA-256 would begin with {digits[1]}, and it "
+            f"begins with {digest[: len(digits[1])]}; download it again, or rename it if these "
+            "digits are no checksum."
         )
 
 

@@ -370,9 +370,11 @@ class Sweeper:
     def _remove_checkpoints(self) -> None:
         """Of ended trials the best alone keeps its network; of many all would fill a disk."""
         best = best_trial(self._study)
-        spared = {running.folder.name for running in self._running}
+        trials = self._study.get_trials(deepcopy=False)
+        # A folder is another trial's, too, where one waits to go on with what an earlier began.
+        spared = {_folder_of(trial) for trial in trials if not trial.state.is_finished()}
         spared |= {_folder_of(best)} if best else set()
-        for trial in self._study.get_trials(deepcopy=False):
+        for trial in trials:
             name = _folder_of(trial)
             if trial.state.is_finished() and name not in spared:
                 folder = self._sweep.folder / name / run_folder.CHECKPOINTS

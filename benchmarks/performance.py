@@ -79,7 +79,7 @@ def take_turns(what: str, size: int, options: argparse.Namespace) -> dict[str, A
     for contender in contenders:
         contender.close()
     medians = {name: statistics.median(times) for name, times in taken.items() if times}
-    first = next(iter(medians))
+    first = next(iter(medians), "")
     work = FLOPS_FORWARD * size * (3 if what == "train" else 1)
     rows: list[dict[str, Any]] = [
         {
@@ -313,14 +313,17 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
         ) as process,
     ):
         sizes: list[float] = []
-        while process.poll() is None and len(sizes) < options.memory_seconds:
+        while len(sizes) < options.memory_seconds:
             time.sleep(1)
+            if process.poll() is not None:  # its status has no memory any more
+                break
             now, peak = _memory(process.pid)
             sizes.append(now)
         process.send_signal(signal.SIGTERM)
         process.wait()
-    if not sizes:
-        raise SystemExit(f"The run has ended at once, with exit code {process.returncode}.")
+    # 75: stopped and saved; the signal's own number: stopped while it started.
+    if not sizes or process.returncode not in (0, 75, -signal.SIGTERM):
+        raise SystemExit(f"The run has ended early, with exit code {process.returncode}.")
     half = len(sizes) // 2
     print(f"peak {peak:.2f} GiB; now {sizes[-1]:.2f}, halfway {sizes[half]:.2f} GiB")
     return {"peak_gib": peak, "gib_each_second": sizes}

@@ -52,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             data[key] = given
     evaluation = evaluate_network(network, options.split, data, options.views)
     report = _report(network, evaluation)
-    if options.json == "-":
+    if options.json == Path("-"):
         print(format_json(report))
         return 0
     print(_describe(network, evaluation))
     if options.json:
-        write_json(Path(options.json), report)
+        write_json(options.json, report)
         print(f"Written to {options.json}.")
     else:
         print(f"Next: python scripts/predict.py {options.run} IMAGE...")
@@ -84,7 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of each image, whose answers are averaged: flip, flip_translate, ten_crop, or none "
         "(default: as the run had it)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write all figures there; - prints them")
+    parser.add_argument(
+        "--json",
+        type=programs.path,
+        metavar="FILE",
+        help="write all figures there; - prints them",
+    )
     return parser
 
 

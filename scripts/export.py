@@ -82,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     add_run(parser)
     parser.add_argument("--format", required=True, help="stablehlo, onnx, savedmodel or tflite")
     parser.add_argument(
-        "--output", metavar="FOLDER", help="a new folder (default: RUN/export/FORMAT)"
+        "--output",
+        type=programs.path,
+        metavar="FOLDER",
+        help="a new folder (default: RUN/export/FORMAT)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     add_not_averaged(parser)

@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--sheet has room for {MOST_ON_A_SHEET} images, and there are {len(files):,}; name "
             "fewer at a time."
         )
+    _check_places(options, files)
     network = open_network(options)
     errors: dict[str, str] = {}
     keep = bool(options.sheet or options.explain)
@@ -85,6 +86,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not shown:
         return programs.EXIT_BAD_INPUT
     return 1 if errors else 0
+
+
+def _check_places(options: argparse.Namespace, files: list[str]) -> None:
+    """Refuses to draw over the images."""
+    images = {Path(file).resolve() for file in files}
+    if options.sheet and options.sheet.resolve() in images:
+        raise InputError(
+            f"--sheet={options.sheet} is one of the images, which it would replace; name another."
+        )
+    if options.explain and options.explain.resolve() in {image.parent for image in images}:
+        raise InputError(
+            f"--explain={options.explain} is where the images lie, which their explanations might "
+            "replace; name another folder."
+        )
 
 
 def find_images(paths: Sequence[str]) -> Iterator[str]:
@@ -156,8 +171,10 @@ def _write_csv(
     shown = []
     for each in predicted:
         shown.append(each)
+        # As `sys.stdout` may be strict, and a name on Linux any bytes.
+        file = os.fsencode(each.file).decode(errors="backslashreplace")
         for rank, (name, probability) in enumerate(each.top, start=1):
-            writer.writerow([each.file, rank, name, f"{probability:.6g}"])
+            writer.writerow([file, rank, name, f"{probability:.6g}"])
     return shown
 
 
@@ -204,7 +221,7 @@ def _draw(options: argparse.Namespace, network: "Network", shown: list[Predicted
             contact_sheet(answers).save(options.sheet, format="PNG")
             print(f"Sheet: {options.sheet}", file=sys.stderr)
         if options.explain:
-            folder = Path(options.explain)
+            folder = options.explain
             folder.mkdir(parents=True, exist_ok=True)
             for answer, name in zip(
                 tqdm(answers, "Explaining", unit="img", disable=None, delay=2),
@@ -248,9 +265,15 @@ def _parser() -> argparse.ArgumentParser:
         "--top", type=int, default=5, metavar="K", help="classes to tell of each (default: 5)"
     )
     parser.add_argument("--format", default="table", help="table (default), json or csv")
-    parser.add_argument("--sheet", metavar="FILE", help="draw all images with answers on one PNG")
+    parser.add_argument(
+        "--sheet",
+        type=programs.path,
+        metavar="FILE",
+        help="draw all images with answers on one PNG",
+    )
     parser.add_argument(
         "--explain",
+        type=programs.path,
         metavar="FOLDER",
         help="draw a PNG of each image with the pixels that its answer depends on",
     )

@@ -60,7 +60,7 @@ class Moment:
     """When to kill: `delay` times a random number in [0, 1) after `sign` is first true.
 
     Attributes:
-        sign: Of (run folder, its records and length of its log when the session began).
+        sign: Of a session, whether what is to be disturbed goes on.
         delay: Seconds; about as long as what is going on then lasts.
     """
 
@@ -200,7 +200,8 @@ def torture_by_kills(kills: int, rng: random.Random, folder: Path) -> dict[str, 
                 failures.append(f"run {runs}, after {done.total()} kills: {wrong}")
                 break
             _tell(f"{done.total()} of {kills} kills, run {runs}, {len(failures)} failures")
-        failures += [f"run {runs}: {wrong}" for wrong in _differences(reference, run)]
+        else:  # it has come to its end
+            failures += [f"run {runs}: {wrong}" for wrong in _differences(reference, run)]
     return {
         "kills": dict(done),
         "runs": runs,
@@ -495,7 +496,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tries", type=int, default=100, metavar="N", help="damages of each kind (100)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there, too")
+    parser.add_argument(
+        "--json", type=programs.path, metavar="FILE", help="write the counts there, too"
+    )
     options = parser.parse_args(arguments)
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="torture_") as folder:

@@ -225,6 +225,13 @@ def test_the_card_says_what_is_known_of_these_very_weights(run, network):
     assert f"validation: {100 * ACCURACIES[30]:.2f}% of 142 images" in text
     assert "have not been measured on the test images" in text
 
+    info = network.info | {"imported": "flowers.safetensors"}
+    imported = card(dataclasses.replace(network, info=info))
+    assert "# alexnet from flowers.safetensors\n" in imported
+    assert "the weights are those of `flowers.safetensors`" in imported
+    assert "digits" not in imported.split("## Data")[1].split("## Training")[0]
+    assert "epochs; " not in imported
+
     parts = {
         name: {"loss": 0.5, "accuracy": accuracy, "confusion": [[count]]}
         for name, accuracy, count in (

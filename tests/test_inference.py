@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from PIL import Image
 
 import alexnet_jax
 from alexnet_jax import evaluation, explain, inference, parallel, pictures
+from alexnet_jax.data import augment
 from alexnet_jax.data.sources import load_source
 from alexnet_jax.errors import InputError
 from scripts import evaluate as evaluate_script
@@ -466,6 +468,14 @@ def test_the_saliency_of_a_linear_network_is_its_weights(network):
     kernel = np.asarray(variables["params"]["Dense_0"]["kernel"]).reshape(4, 4, 3, 3)
     right = np.abs(kernel).max(axis=2)
     np.testing.assert_allclose(found, [right[..., 2], right[..., 0]], rtol=1e-5)
+    # Of a larger image the network sees the middle alone.
+    middle = augment.create_normalize((0.5,) * 3, (0.25,) * 3, crop_size=4)
+    cropping = dataclasses.replace(linear, normalize=middle)
+    larger = DRAW.integers(0, 256, (1, 7, 6, 3), np.uint8)
+    (around,) = explain.smooth_grad(cropping, larger, np.array([2]), samples=4)
+    assert around.shape == (7, 6)
+    np.testing.assert_allclose(around[1:5, 1:5], right[..., 2], rtol=1e-5)
+    assert np.count_nonzero(around) == 16
 
 
 # --- the program --------------------------------------------------------------------------------
@@ -513,10 +523,12 @@ def test_the_program_answers_in_three_formats(run, network, test_set, pictures_f
 
 
 def test_what_cannot_be_read_is_said_and_the_others_are_answered(run, pictures_folder):
+    os.rename(pictures_folder / "b.PNG", os.fsencode(pictures_folder) + b"/caf\xe9.png")
     (pictures_folder / "broken\x1b[2J.png").write_bytes(b"\x89PNG\r\n")
     code, out, err = program(run, pictures_folder, "--top=1", "--format=csv")
     assert code == 1
     assert len(out.splitlines()) == 4
+    assert r"caf\xe9.png,1," in out
     assert len(err.splitlines()) == 1
     assert "broken" in err
     assert "\x1b" not in err
@@ -534,10 +546,13 @@ def test_what_cannot_be_read_is_said_and_the_others_are_answered(run, pictures_f
         (["--top=0"], "--top=0 is too few"),
         (["--format=xml"], "one of table, json, csv"),
         (["--checkpoint=old"], "'old' is not in"),
+        (["--explain=below/.."], "is where the images lie"),
+        (["--sheet=a.png"], "is one of the images"),
         (["--sheet=/nowhere/sheet.png"], "/nowhere/sheet.png cannot be written"),
     ],
 )
-def test_bad_options_are_said_in_a_sentence(run, pictures_folder, arguments, message):
+def test_bad_options_are_said_in_a_sentence(run, pictures_folder, arguments, message, monkeypatch):
+    monkeypatch.chdir(pictures_folder)
     code, _, err = program(run, pictures_folder / "a.png", *arguments)
     assert code == 2
     assert err.startswith("error: ")

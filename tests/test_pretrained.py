@@ -321,7 +321,7 @@ def test_a_name_with_a_checksum_is_held_to_it(tmp_path, state_dict):
     assert read_state_dict(right).keys() == state_dict.keys()
     wrong = tmp_path / "alexnet-owt-7be5be79.safetensors"
     wrong.write_bytes(content)
-    with pytest.raises(InputError, match=f"begins with 7be5be79, and it begins with {digest[:8]}"):
+    with pytest.raises(InputError, match=f"begin with 7be5be79, and it begins with {digest[:8]}"):
         read_state_dict(wrong)
 
 

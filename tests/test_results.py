@@ -396,7 +396,7 @@ def test_seeds_in_runs_of_their_own_make_one_curve(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["configs/cifar10.py", "configs/cifar10.py"], "cifar10 is compared with itself"),
+        (["configs/cifar10.py", "configs/cifar10.py"], "two configs are called cifar10"),
         (["configs/cifar10.py", "configs/nothing.py"], "configs/nothing.py is not a file"),
         (["configs/cifar10.py", "--seeds=0"], "the number of seeds is 0; it must be at least 1"),
     ],

@@ -46,6 +46,9 @@ if "die" in how and starts <= int(how[1]):
     os.kill(os.getpid(), signal.SIGKILL)
 metrics = folder / "metrics.jsonl"
 done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+if done and not (folder / "checkpoints" / "saved").exists():
+    print("error: the checkpoints are gone")
+    sys.exit(2)
 for epoch in range(done + 1, 5):
     record = {"step": epoch, "epoch": float(epoch), "split": "validation", "accuracy": epoch * rate}
     with metrics.open("a") as file:
@@ -57,6 +60,7 @@ for epoch in range(done + 1, 5):
     elif epoch < 4:
         time.sleep(0.15)
     if asked:
+        (folder / "checkpoints" / "saved").touch()
         sys.exit(75)
 (folder / "results.json").write_text(json.dumps({"validation": {"accuracy": 4 * rate}}))
 """
@@ -183,6 +187,29 @@ def test_a_stopped_sweep_goes_on_within_the_trial(folder, monkeypatch):
     # All of its epochs count, also those of the session before.
     (trial,) = [t for t in study.trials if t.user_attrs.get("continues") == 0]
     assert list(trial.intermediate_values) == [1, 2, 3, 4]
+
+
+def test_trials_that_wait_to_go_on_keep_their_checkpoints(folder, monkeypatch):
+    how(folder, "wait")
+    metrics = [folder / f"trial-000{i}" / "metrics.jsonl" for i in (0, 1)]
+
+    class Stopping:
+        def __enter__(self):
+            return lambda: all(m.exists() and m.read_text().count("\n") == 2 for m in metrics)
+
+        def __exit__(self, *_):
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "stop_requests", Stopping)
+        search(folder, 2, workers=2, enqueue=[0.1, 0.05])
+    how(folder, "")
+    finished, rows, _ = search(folder, 2, workers=1)
+    assert finished
+    assert [(row.name, row.state, row.epochs) for row in rows] == [
+        ("trial-0000", "complete", 4),
+        ("trial-0001", "complete", 4),
+    ]
 
 
 def test_a_killed_sweep_loses_no_trial_and_draws_no_number_twice(folder):

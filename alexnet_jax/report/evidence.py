@@ -4,13 +4,14 @@
 kernels and histograms of the parameters; ``environment.json`` and ``model.txt`` what ran where.
 """
 
+import contextlib
 import importlib.metadata
 import io
 import logging
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -231,15 +232,16 @@ def write_environment(folder: Path, model: str, devices: str, processes: int) ->
             "processes": processes,
             "platform": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
-            "versions": dict(_versions()),
+            "versions": versions(_PACKAGES),
         },
     )
     write_whole(folder / MODEL, (model + "\n").encode())
 
 
-def _versions() -> Any:
-    for name in _PACKAGES:
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

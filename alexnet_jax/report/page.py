@@ -116,7 +116,7 @@ def write_comparison(folders: list[Path], page: Path) -> Path:
     """Makes a page that compares several runs.
 
     Args:
-        folders: Two or more run folders.
+        folders: Run folders.
         page: Where it goes.
 
     Raises:
@@ -128,7 +128,7 @@ def write_comparison(folders: list[Path], page: Path) -> Path:
     names = [f"{i}. {run.name}" for i, run in enumerate(runs, start=1)]
     records = list(zip(names, (run.records for run in runs), strict=True))
     context = {
-        "title": f"{len(runs)} runs compared",
+        "title": f"{len(runs)} run{'s' * (len(runs) > 1)} compared",
         "names": names,
         "folders": [str(run.folder) for run in runs],
         "curves": [
