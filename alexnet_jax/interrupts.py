@@ -20,9 +20,9 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     old: dict[int, Any] = {}
 
     def on_signal(number: int, frame: Any) -> None:
-        log.info("%s: saving; once more to stop at once.", signal.Signals(number).name)
-        requested.set()
+        requested.set()  # first of all, for whatever telling it may meet
         restore()
+        log.info("%s: saving; once more to stop at once.", signal.Signals(number).name)
 
     def restore() -> None:
         for each, handler in old.items():

@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 
 from alexnet_jax import parallel
 from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
-from alexnet_jax.programs import EXIT_CTRL_C, EXIT_LOST
+from alexnet_jax.programs import EXIT_CTRL_C, EXIT_LOST, exit_code
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,13 @@ def joined(flags: Flags) -> Iterator[int]:
     Raises:
         InputError: See `find`; or a cluster's environment is not as JAX needs it.
     """
-    arguments = find(flags, os.environ)
+    try:
+        arguments = find(flags, os.environ)
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"the environment of a cluster cannot be read ({error!r}); correct that, or give "
+            "--num_processes=1 to run on its own."
+        ) from None
     if arguments is None:
         yield 0
         return
@@ -176,7 +182,7 @@ def joined(flags: Flags) -> Iterator[int]:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
         process = jax.process_index()  # starts the devices, for which all processes must be there
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(
             f"the processes could not be joined ({' '.join(str(error).split())}); correct that, "
             "or give --num_processes=1 to run on its own."
@@ -301,6 +307,21 @@ def _end(message: str, code: int = EXIT_LOST) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Ends this process at once on an error that no other has met, for they wait for it.
+
+    For what each process does for itself while all compute together; where a process is on its own
+    the error passes.
+    """
+    try:
+        yield
+    except (InputError, SaveFailed) as error:
+        if jax.process_count() == 1:
+            raise
+        _end(f"error: {error}", exit_code(error))
 
 
 @contextmanager

@@ -48,8 +48,8 @@ SPLITS = {
     for version, said_of_version in (("", ""), ("_ema", ", averaged weights"))
 }
 
-# What flock answers where a file system has no locks, as some that come over a network.
 _STALE_SECONDS = 60  # A file is written in less, and then has another name.
+# What flock answers where a file system has no locks, as some that come over a network.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -240,16 +240,17 @@ def in_use(folder: Path) -> bool:
     return False
 
 
-def _has_begun(folder: Path) -> bool:
+def has_begun(folder: Path) -> bool:
     """Whether there is something to lose: records of training, or weights, as of an import."""
-    return (folder / METRICS).exists() or (folder / SAVED).exists()
+    metrics = folder / METRICS
+    return (metrics.exists() and metrics.stat().st_size > 0) or (folder / SAVED).exists()
 
 
 def _check_config(folder: Path, config: ConfigDict) -> None:
-    """Writes down the config of a new run; refuses any other in the folder of an old one."""
+    """Writes down the config of a run; in the folder of an old one refuses any that is another."""
     before = read_json(folder / CONFIG)
     now = _options(config)
-    if before is None or not _has_begun(folder):
+    if before is None or not has_begun(folder):
         # New, or begun and ended by a mistake before the first step: free to be another run.
         write_json(folder / CONFIG, now)
         return
@@ -263,6 +264,8 @@ def _check_config(folder: Path, config: ConfigDict) -> None:
             f"{folder} holds a run with another config: {'; '.join(differing)}. Give the old "
             "values to go on with it, or another --workdir to start anew."
         )
+    if before != now:  # as where the data lie, which those who use the network look up here
+        write_json(folder / CONFIG, now)
 
 
 def fixed_options(config: ConfigDict) -> dict[str, Any]:
@@ -360,7 +363,7 @@ def check_dataset(folder: Path, info: dict[str, Any]) -> None:
         InputError: The files are others than those that the run began with.
     """
     before = read_json(folder / DATASET)
-    if before is not None and _has_begun(folder):
+    if before is not None and has_begun(folder):
         then, now = before.get("checksums", {}), info["checksums"]
         for split in then:  # none, where an earlier version wrote it
             if then[split] != now.get(split):

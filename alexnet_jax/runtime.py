@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 import filelock
@@ -24,7 +25,10 @@ def prepare() -> list[str]:
 
 def cache_folder() -> Path:
     """Returns where the user's own cache of this library lies, which may not be there yet."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as of some containers
+        home = Path(tempfile.gettempdir(), f"cache-{os.getuid()}")
     return home / "alexnet_jax"
 
 

@@ -111,8 +111,7 @@ def open_start(config: ConfigDict, folder: Path) -> Start:
         "step": network.step,
         "checksum": f"{zlib.crc32(repr(arrays).encode()):08x}",
     }
-    begun = (folder / run_folder.METRICS).exists()
-    if begun and before.get("start", start)["checksum"] != start["checksum"]:
+    if run_folder.has_begun(folder) and before.get("start", start)["checksum"] != start["checksum"]:
         raise InputError(
             f"the weights in {config.init.run} have changed since this run began, and it has saved "
             f"nothing yet: they were of step {before['start']['step']:,} with checksum "

@@ -172,14 +172,15 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
             f"{mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}",
             f" of {jax.process_count()} processes" if jax.process_count() > 1 else "",
         )
-        writer = writers.RunWriter(
-            folder if first else None,
-            step=state.steps_taken,
-            total_steps=config.train.epochs * steps_per_epoch,
-            steps_per_epoch=steps_per_epoch,
-            seconds_before=progress["train_seconds"],
-            tensorboard=config.writers.tensorboard,
-        )
+        with processes.together():
+            writer = writers.RunWriter(
+                folder if first else None,
+                step=state.steps_taken,
+                total_steps=config.train.epochs * steps_per_epoch,
+                steps_per_epoch=steps_per_epoch,
+                seconds_before=progress["train_seconds"],
+                tensorboard=config.writers.tensorboard,
+            )
         closing_all.enter_context(closing(writer))
         stopped, state = _loop(config, data, programs, schedule, state, checkpoints, writer, mesh)
         if not stopped:
@@ -451,7 +452,8 @@ def _loop(
                 checkpoints.save(state, {"train_seconds": writer.seconds}, accuracy)
                 last_save = time.monotonic()
                 agree.forget()
-        checkpoints.finish()  # while signals are still ours: the save is what they ask for
+        with processes.together():
+            checkpoints.finish()  # while signals are still ours: the save is what they ask for
         if not stopping:  # for what was asked during the last step, or its validation
             agree(stop_requested(), False)
             stopping, _ = agree(stop_requested(), False)

@@ -53,7 +53,7 @@ def read_weights(
     """
     directory = directory.absolute()  # as Orbax wants it
     step = _find(directory, which)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), variables
     )

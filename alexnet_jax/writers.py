@@ -119,6 +119,7 @@ class TensorBoard:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
+                start_new_session=True,  # else Ctrl-C would reach it, too, while it starts
             )
         except OSError as error:  # no room for a file or another process, say
             log.warning("There are no TensorBoard events (%s).", error.strerror)
@@ -293,7 +294,15 @@ class _TerminalHandler(logging.Handler):
     """Writes messages above the progress bar, where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except RuntimeError:  # a signal's handler speaks while another message is being written
+            pass
+        except OSError:  # nobody reads any more, as behind `| tee`; a run goes on without
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, sys.stderr.fileno())
+                os.close(nowhere)
 
 
 def log_to_terminal(level: int = logging.INFO) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import os
 import pickle
 import signal
 import struct
@@ -227,6 +228,20 @@ def test_an_empty_folder_is_an_empty_class(tmp_path):
     for path in (folder, archive, zipped):
         with pytest.raises(InputError, match="train/emu"):
             trees.find_layout(path, 0.2)
+
+
+def test_a_class_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "d", tree_files())
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path).name == "dog":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(InputError, match=r"Permission denied.*dog"):
+        prepare.prepare_path(folder, name="mine", data_dir=str(tmp_path / "tfds"))
 
 
 def test_a_name_twice_in_an_archive_is_refused(tmp_path):

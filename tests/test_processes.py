@@ -14,7 +14,7 @@ import pytest
 
 from alexnet_jax import parallel, processes, run_folder, train, writers
 from alexnet_jax.errors import InputError
-from alexnet_jax.processes import Flags, find
+from alexnet_jax.processes import Flags, find, joined
 from alexnet_jax.programs import EXIT_LOST
 from alexnet_jax.train import train_and_evaluate
 
@@ -105,6 +105,13 @@ def test_open_mpi_5_is_found_on_one_host_only():
     assert re.fullmatch(r"127\.0\.0\.1:6[1-5]\d\d\d", found["coordinator_address"])
     with pytest.raises(InputError, match="does not say where process 0 is; give --coordinator"):
         find(Flags(), OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+
+
+def test_an_environment_that_cannot_be_read_is_a_sentence(monkeypatch):
+    for name, value in (SLURM | {"SLURM_NTASKS": ""}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"cannot be read .* --num_processes=1"), joined(Flags()):
+        pass
 
 
 def test_alone_an_agreement_is_what_one_wishes():
@@ -240,6 +247,12 @@ def test_two_processes_train_stop_die_and_go_on_as_one(tmp_path, monkeypatch):
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
     assert not list(many.glob("events*"))
 
+    # Each process reads the weights of a run that another begins as.
+    tuned = ["--config=configs/finetune.py:" + str(many), "--config.data.name=digits"]
+    tuned += [f"--config.data.data_dir={data_dir}", f"--workdir={tmp_path / 'tuned'}"]
+    tuned += ["--config.train.epochs=1", "--config.train.batch_size=512"]
+    assert [code for code, _ in run_two(*tuned)] == [0, 0]
+
 
 # What only one process finds wrong ends both, with the sentence of the one; nothing hangs.
 MISTAKEN = """
@@ -271,15 +284,25 @@ with processes.joined(Flags(host, int(count), process)) as found:
                 what()
         except errors.InputError as error:
             print(str(error)[:62], len(str(error)), file=sys.stderr)
-    if process == 1:
+    if process == 1 and sys.argv[3] == "program":
         raise KeyError("a mistake of the program")
+    if process == 1:
+        with processes.alone():
+            raise errors.InputError("image 7 cannot be decoded.")
     jax.block_until_ready(agree(True))
     jax.experimental.multihost_utils.sync_global_devices("wait for one that does not come")
 """
 
 
+def test_an_error_of_one_process_alone_ends_all():
+    (first, said), (second, said_too) = run_two("image", code=MISTAKEN)
+    assert (first, second) == (EXIT_LOST, 2), (said, said_too)
+    assert said_too.endswith("error: image 7 cannot be decoded.\n")
+    assert "error: process 1 of this run is gone" in said
+
+
 def test_processes_agree_and_fail_together():
-    (first, said), (second, said_too) = run_two(code=MISTAKEN)
+    (first, said), (second, said_too) = run_two("program", code=MISTAKEN)
     for text in (said, said_too):
         assert "the number of process 1 is not that of process 0; it must be. 61" in text
         assert f"process 1: {'x' * 51} 2000" in text

@@ -67,7 +67,7 @@ def test_an_empty_folder_will_do(tmp_path):
 
 def test_the_same_config_goes_on(tmp_path):
     open_once(tmp_path, config(model__hidden=(8,)))
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     before = (tmp_path / "config.json").read_bytes()
     assert open_once(tmp_path, config(model__hidden=(8,))) == tmp_path
     assert (tmp_path / "config.json").read_bytes() == before
@@ -83,7 +83,7 @@ def test_a_run_that_never_began_does_not_bind(tmp_path):
 
 def test_another_config_is_refused_with_each_difference(tmp_path):
     open_once(tmp_path, config())
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     other = config(train__epochs=3, model__hidden=(8,), optimizer__learning_rate=0.5)
     message = refusal(tmp_path, other)
     assert (
@@ -97,7 +97,7 @@ def test_another_config_is_refused_with_each_difference(tmp_path):
 
 def test_a_key_of_another_version_is_a_difference(tmp_path):
     open_once(tmp_path, config())
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     saved = read_json(tmp_path / "config.json")
     del saved["train.ema_decay"]
     write_json(tmp_path / "config.json", saved | {"train.old": 1})
@@ -110,8 +110,16 @@ def test_what_is_not_computed_may_differ(tmp_path):
     others = {"data.data_dir": "/x", "checkpoint.every_seconds": 1.0, "writers.tensorboard": False}
     others |= {"data.resident": "off", "data.workers": 0, "data.read_ahead": 3}
     assert others.keys() == FREE_KEYS
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     for key, value in others.items():
         open_once(tmp_path, config(**{key: value}))
+        assert read_json(tmp_path / "config.json")[key] == value  # who uses the network looks here
+
+
+def test_what_failed_before_its_first_step_may_be_another_run(tmp_path):
+    open_once(tmp_path, config())
+    (tmp_path / "metrics.jsonl").touch()
+    open_once(tmp_path, config(train__batch_size=64))
 
 
 def test_a_file_is_refused(tmp_path):
@@ -292,7 +300,7 @@ def test_other_data_are_refused_once_a_run_has_begun(tmp_path):
     changed = DATA | {"checksums": {"train": "9 bytes", "test": "7 bytes"}}
     check_dataset(tmp_path, DATA)
     check_dataset(tmp_path, changed)  # nothing was trained yet
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match=r"the test files of digits .*were 7 bytes and are 8 byt"):
         check_dataset(tmp_path, DATA)
     assert read_json(tmp_path / "dataset.json") == changed
@@ -301,7 +309,7 @@ def test_other_data_are_refused_once_a_run_has_begun(tmp_path):
 
 def test_a_run_of_an_earlier_version_gets_its_checksums_now(tmp_path):
     write_json(tmp_path / "dataset.json", {"name": "digits"})
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     check_dataset(tmp_path, DATA)
     assert read_json(tmp_path / "dataset.json") == DATA
 

@@ -68,6 +68,19 @@ def test_settings_of_the_allocator_are_left_to_the_environment(tmp_path):
     assert "as MALLOC_ARENA_MAX says" in said
 
 
+def test_a_user_without_a_home_has_a_cache(tmp_path):
+    code = """if 1:
+        from pathlib import Path
+        from alexnet_jax import runtime
+        def home():
+            raise RuntimeError("Could not determine home directory.")
+        Path.home = home
+        print(runtime.cache_folder())
+    """
+    said = python(code, tmp_path, XDG_CACHE_HOME="", TMPDIR=str(tmp_path)).stdout
+    assert said == f"{tmp_path}/cache-{os.getuid()}/alexnet_jax\n"
+
+
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "alexnet_jax").touch()
     assert "Compiled programs are not kept: " in python(PREPARE, tmp_path).stdout

@@ -149,7 +149,7 @@ def test_another_source_is_noticed_until_the_run_has_saved(source, tmp_path):
     shutil.rmtree(source)
     make_source(source, seed=1)
     assert open_start(config, run).info["start"] != start.info["start"]  # nothing is trained yet
-    (run / run_folder.METRICS).touch()
+    (run / run_folder.METRICS).write_text("{}\n")
     with pytest.raises(InputError, match=f"step 7 .*{start.info['start']['checksum']} and are"):
         open_start(config, run)
     shutil.rmtree(source)

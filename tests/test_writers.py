@@ -4,8 +4,10 @@ import errno
 import importlib.util
 import json
 import logging
+import os
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.parse
 import urllib.request
@@ -374,6 +376,27 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, target, caplog, cap
     assert caplog.text.count("hello") == 2
     assert caplog.text.count("log.txt cannot be written (") == 1
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_saves_though_nobody_reads_what_it_says(tmp_path):
+    """Ctrl-C ends `tee`, too, in `... 2>&1 | tee log`."""
+    code = """
+        import logging, os, signal, sys
+        from alexnet_jax import writers
+        from alexnet_jax.interrupts import stop_requests
+        writers.log_to_terminal()
+        with stop_requests() as stop_requested:
+            os.kill(os.getpid(), signal.SIGINT)
+            logging.getLogger("alexnet_jax").info("on")
+        print("Saved", file=sys.stderr)
+        open(sys.argv[1], "w").write(str(stop_requested()))
+    """
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "asked")]
+    with open(writer, "wb") as nobody:
+        subprocess.run(command, stderr=nobody, check=True)
+    assert (tmp_path / "asked").read_text() == "True"
 
 
 def test_log_to_terminal_speaks_once(capsys):

@@ -195,20 +195,20 @@ def channel_statistics(counts: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     """Works out mean and standard deviation of each channel, with values scaled to 0..1.
 
     Args:
-        counts: int64[C, 256], how often each value occurs; this makes the sums exact, in whatever
-            order the images were read, and needs no float copy of them.
+        counts: int64[C, 256], how often each value occurs, which needs no float copy of the images.
+            The sums are of integers, and exact: the same on every host that takes part in a run.
 
     Returns:
         (means, deviations), C floats each; a channel that never changes has deviation 1.
     """
-    values = np.arange(256) / 255
+    values = np.arange(256)
     means, deviations = [], []
     for channel in counts:
-        mean = float(channel @ values / channel.sum())
-        variance = float(channel @ (values - mean) ** 2 / channel.sum())
-        means.append(mean)
-        # Not by the variance, which rounding leaves a little above 0.
-        deviations.append(variance**0.5 if np.count_nonzero(channel) > 1 else 1.0)
+        # Python's integers, for squares of sums over many images have more than 64 bits.
+        count, total, squares = (int(channel @ values**power) for power in range(3))
+        variance = (squares * count - total**2) / (255 * count) ** 2
+        means.append(total / (255 * count))
+        deviations.append(variance**0.5 if variance else 1.0)
     return tuple(means), tuple(deviations)
 
 

@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from alexnet_jax import parallel
+from alexnet_jax import parallel, processes
 from alexnet_jax.data.batches import Batch, epoch_order
 from alexnet_jax.data.reading import Batches, in_rows, read_ahead
 from alexnet_jax.data.sources import Source
@@ -158,13 +158,21 @@ def process_share(rows: np.ndarray, process_index: int, process_count: int) -> n
     return rows[:, process_index * share : (process_index + 1) * share]
 
 
-def _open(source: Source, rows: np.ndarray, mesh: Mesh, config: ConfigDict) -> Any:
-    return read_ahead(
-        Batches(source, rows),
-        placement(mesh, jax.process_count()),
-        workers=config.workers,
-        ahead=config.read_ahead,
-    )
+@contextmanager
+def _open(
+    source: Source, rows: np.ndarray, mesh: Mesh, config: ConfigDict
+) -> Iterator[Iterator[Batch]]:
+    # An image that cannot be read is in one process's share, and the others wait for its batch.
+    with (
+        processes.alone(),
+        read_ahead(
+            Batches(source, rows),
+            placement(mesh, jax.process_count()),
+            workers=config.workers,
+            ahead=config.read_ahead,
+        ) as stream,
+    ):
+        yield stream
 
 
 def placement(mesh: Mesh, process_count: int) -> Callable[[dict[str, np.ndarray]], Batch]:

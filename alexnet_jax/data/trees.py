@@ -244,7 +244,10 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def _walk_folder(path: Path) -> Iterator[Entry]:
-    for folder, folders, files in os.walk(path):
+    def refuse(error: OSError) -> None:  # else a class that cannot be read would be left out
+        raise error
+
+    for folder, folders, files in os.walk(path, onerror=refuse):
         folders.sort()
         place = Path(folder).relative_to(path)
         yield Entry(place.as_posix(), True, bytes)
