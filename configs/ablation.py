@@ -36,20 +36,22 @@ STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("whitening", {"model.whitening": 2, "model.whitening_bias": False}),
     ("dirac", {"model.kernel_init": "dirac"}),
     ("gelu_after_pooling", {"model.activation": "gelu", "model.pool_first": True}),
-    ("early_pooling", {"model.pools": (True, True, True, False, True)}),
+    ("later_pooling", {"model.pools": (True, False, True, False, True)}),
     ("average_pooling", {"model.pool_to": 1}),
     (
         "bias_rates",
         {"optimizer.rate_patterns": ("norm*/bias",), "optimizer.rate_factors": (10.0,)},
     ),
+    ("larger_batches", {"train.batch_size": 256}),
     (
-        "kernel_rates",
+        "muon",
         {
-            "optimizer.rate_patterns": ("norm*/bias", "conv*/kernel"),
-            "optimizer.rate_factors": (10.0, 4.0),
+            "optimizer.muon_rate": 0.04,
+            "optimizer.muon_momentum": 0.9,
+            "optimizer.muon_unit_filters": True,
         },
     ),
-    ("widths", {"model.features": (64, 128, 256, 384, 384)}),
+    ("widths", {"model.features": (64, 64, 192, 192, 256)}),
 )
 
 

@@ -2,12 +2,11 @@
 
 python -m alexnet_jax.main --config=configs/cifar10_best.py
 
-The default's techniques (configs/cifar10.py says why), with twice its channels, and an earlier
-pooling. The frozen convolution that whitens the patches is measured, not trained, and not counted
-among the 5.
+The default (configs/cifar10.py says why) with wider layers, and Muon for their kernels. The frozen
+convolution that whitens the patches is measured, not trained, and not counted among the 5.
 
 Not yet measured on the test set: docs/results.md says how it will be. On the JPEG copy one seed,
-trained on 45,000 images, had 88.84% of the 5,000 validation images right, 90.60% with views.
+trained on 45,000 images, had 89.50% of the 5,000 validation images right, 91.04% with views.
 """
 
 from ml_collections import ConfigDict
@@ -20,8 +19,8 @@ def get_config() -> ConfigDict:
     config = default_config("alexnet")
     config.model.whitening = 2
     config.model.whitening_bias = False
-    config.model.features = (64, 128, 256, 384, 384)
-    config.model.pools = (True, True, True, False, True)
+    config.model.features = (64, 64, 192, 192, 256)
+    config.model.pools = (True, False, True, False, True)
     config.model.pool_to = 1
     config.model.hidden = (256, 256)
     config.model.norm = "batch"
@@ -32,13 +31,17 @@ def get_config() -> ConfigDict:
     config.model.kernel_init = "dirac"
     config.model.dropout = 0.0
     config.augment.alternating_flip = True
-    config.optimizer.name = "adamw"
+    config.optimizer.name = "adamw"  # for all but the kernels of convolutions
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_epochs = 1.0
     config.optimizer.weight_decay = 0.16
-    config.optimizer.rate_patterns = ("norm*/bias", "conv*/kernel")
-    config.optimizer.rate_factors = (10.0, 4.0)
+    config.optimizer.rate_patterns = ("norm*/bias",)
+    config.optimizer.rate_factors = (10.0,)
+    config.optimizer.muon_rate = 0.04
+    config.optimizer.muon_momentum = 0.9
+    config.optimizer.muon_unit_filters = True
+    config.train.batch_size = 256
     config.train.label_smoothing = 0.2
     config.test.views = "flip_translate"
     return config
