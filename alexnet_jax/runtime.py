@@ -1,6 +1,7 @@
 """What a program sets up before JAX starts: how memory is kept, and compiled programs."""
 
 import ctypes
+import functools
 import os
 import platform
 import tempfile
@@ -28,8 +29,14 @@ def cache_folder() -> Path:
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # a user without a home, as of some containers
-        home = Path(tempfile.gettempdir(), f"cache-{os.getuid()}")
+        home = Path(_folder_of_this_process().name)
     return home / "alexnet_jax"
+
+
+@functools.cache
+def _folder_of_this_process() -> tempfile.TemporaryDirectory[str]:
+    # Not one for all processes: in a folder for everyone, that name could be another user's.
+    return tempfile.TemporaryDirectory(prefix="cache-")
 
 
 def keep_freed_memory() -> str:
