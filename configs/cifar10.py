@@ -3,9 +3,9 @@
 python -m alexnet_jax.main --config=configs/cifar10.py
 
 On the JPEG copy (--config.data.name=cifar10_jpeg), trained on all 50,000 images, seeds 0, 1 and 2:
-88.49% of the test images (standard deviation 0.22), 89.92% (0.19) with views, after 31 minutes of training on
-one core of an AMD EPYC with AVX-512; the steps of an epoch take 71 s on two. docs/results.md says how
-it was found.
+88.49% of the test images (standard deviation 0.22), 89.92% (0.19) with views, after 31 minutes of
+training on one core of an AMD EPYC with AVX-512; the steps of an epoch take 71 s on two.
+docs/results.md says how it was found.
 """
 
 from ml_collections import ConfigDict

@@ -3,9 +3,9 @@
 python -m alexnet_jax.main --config=configs/cifar10_classic.py
 
 The network is half as wide as the original's convolutions, with 1,024 hidden units, so that a CPU
-can train it. On the JPEG copy (--config.data.name=cifar10_jpeg), trained on all 50,000 images, seeds
-0, 1 and 2: 83.07% of the test images (standard deviation 0.09), 84.59% (0.12) mirrored, too, after 26
-minutes of training on one core of an AMD EPYC with AVX-512. docs/results.md has the rest.
+can train it. On the JPEG copy (--config.data.name=cifar10_jpeg), trained on all 50,000 images,
+seeds 0, 1 and 2: 83.07% of the test images (standard deviation 0.09), 84.59% (0.12) mirrored, too,
+after 26 minutes of training on one core of an AMD EPYC with AVX-512. docs/results.md has the rest.
 """
 
 from ml_collections import ConfigDict
