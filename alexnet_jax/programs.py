@@ -116,10 +116,15 @@ def _could_not_write(error: OSError) -> int:
         try:
             stream.flush()
         except OSError:  # what is left would be tried again at the end of the process
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+            silence(stream)
     return code
+
+
+def silence(stream: TextIO) -> None:
+    """Lets what is written to a stream, which cannot be written any more, go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _nobody_reads(stream: TextIO) -> bool:

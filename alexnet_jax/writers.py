@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from alexnet_jax.programs import silence
 from alexnet_jax.run_folder import METRICS, write_whole
 
 log = logging.getLogger(__name__)
@@ -300,9 +301,7 @@ class _TerminalHandler(logging.Handler):
             pass
         except OSError:  # nobody reads any more, as behind `| tee`; a run goes on without
             with suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, sys.stderr.fileno())
-                os.close(nowhere)
+                silence(sys.stderr)
 
 
 def log_to_terminal(level: int = logging.INFO) -> None:

@@ -211,11 +211,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
 
 def _no_image_held_out(config: ConfigDict) -> None:
     """Tells that no class has images enough for validation; refuses what depends on them."""
-    fraction = config.data.validation_fraction
-    what = (
-        f"config.data.validation_fraction is {fraction}, which is less than one image of each "
-        f"class of {config.data.name}"
-    )
+    what = _less_than_an_image(config.data.validation_fraction, config.data.name)
     if config.optimizer.schedule == "plateau" or not config.test.measure:
         reason = (
             "config.optimizer.schedule, 'plateau', goes by"
@@ -224,6 +220,13 @@ def _no_image_held_out(config: ConfigDict) -> None:
         )
         raise InputError(f"{what}; raise it, for validation images are what {reason}.")
     log.warning("%s: nothing is measured before the end.", what)
+
+
+def _less_than_an_image(fraction: float, name: str) -> str:
+    return (
+        f"config.data.validation_fraction is {fraction}, which is less than one image of each "
+        f"class of {name}"
+    )
 
 
 class Split(NamedTuple):
@@ -274,9 +277,8 @@ def load_split(config: ConfigDict, mesh: Mesh, split: str) -> Split:
         indices = batches.stratified_split(labels, fraction)[split == "validation"]
         if not len(indices):
             raise InputError(
-                f"config.data.validation_fraction is {fraction}, which is less than one image of "
-                f"each class of {name}, so that the run has no validation images; choose another "
-                "split."
+                f"{_less_than_an_image(fraction, name)}, so that the run has no validation images; "
+                "choose another split."
             )
     parts = {config.data.test_split: "test", config.data.train_split: "train"}
     whole = name if name in parts else name.partition("[")[0]
