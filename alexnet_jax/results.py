@@ -240,7 +240,7 @@ def table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> str:
         lines.append(
             f"- **{name}**: {data}, trained on {images['train']:,} images, {use} "
             f"on {images[split]:,}; {where}.  \n"
-            f"  `{command(example)}`"
+            f"  `{command(example, name)}`"
         )
     return "\n".join(lines)
 
@@ -292,11 +292,13 @@ def details(
     return "\n".join(lines)
 
 
-def command(run: Run, configs: Path | None = None) -> str:
+def command(run: Run, name: str, configs: Path | None = None) -> str:
     """Returns a command that makes such a run: the nearest config file, and what differs from it.
 
     Args:
         run: Its seed is left out.
+        name: Of its folder below "runs", where anything differs: the config's own folder is rather
+            for the config as it is.
         configs: Folder of the config files; None is the project's.
     """
     folder = configs or Path(__file__).parents[1] / "configs"
@@ -315,14 +317,16 @@ def command(run: Run, configs: Path | None = None) -> str:
             candidates.append((len(changed), path.name, changed))
     if not candidates:
         return "python -m alexnet_jax.main (with options that no config file here has)"
-    _, name, changed = min(candidates, key=lambda candidate: candidate[:2])
+    _, file, changed = min(candidates, key=lambda candidate: candidate[:2])
     flags = [
         f"--{'' if value else 'no'}config.{key}"
         if isinstance(value, bool)
         else f"--config.{key}={_flag(value)}"
         for key, value in changed.items()
     ]
-    return " ".join(["python -m alexnet_jax.main", f"--config=configs/{name}", *flags])
+    if flags:
+        flags.append(shlex.quote(f"--workdir=runs/{name}"))
+    return " ".join(["python -m alexnet_jax.main", f"--config=configs/{file}", *flags])
 
 
 def _flag(value: Any) -> str:

@@ -43,7 +43,7 @@ def keep_freed_memory() -> str:
     """Lets glibc reuse the memory of one step in the next, not return it to the system between.
 
     On a CPU every array of a step is allocated anew, and fresh pages cost more than what is
-    written into them: a step of the reference network took 1.07 to 1.2 times as long without
+    written into them: a step of the reference network took 1.09 to 1.25 times as long without
     this (2 cores, `docs/performance.md`). An environment variable ``MALLOC_...`` that is set
     is obeyed instead. Without glibc nothing is done.
     """

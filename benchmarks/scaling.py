@@ -4,8 +4,9 @@ JAX_NUM_CPU_DEVICES=8 python benchmarks/scaling.py --json=scaling.json
 
 Weak: the batch grows with the devices; strong: it is shared by them. Programs for all numbers of
 devices are measured in turn, round by round, so that what else the machine does falls on all of
-them; printed are medians. Fake CPU devices share the cores that one device uses alone, so there
-the best possible speed-up is 1, and the table shows what splitting costs.
+them; printed are medians. Fake CPU devices share the cores of one, so there the best possible
+speed-up is that of the cores which one device leaves idle, and the table shows what splitting
+costs.
 """
 
 import argparse

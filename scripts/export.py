@@ -23,7 +23,7 @@ FORMAT is one of
 
 Each takes uint8[batch, S, S, 3] and gives float32[batch, classes], probabilities. It is run in its
 own runtime and compared with the network before it stays. class_names.json and MODEL_CARD.md lie
-beside it. All but stablehlo need:
+beside it. onnx and tflite need:
   pip install --constraint constraints.txt --editable ".[export]"
 
 Exit codes: 0 exported, {programs.EXIT_CODES}; 2 also

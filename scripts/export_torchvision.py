@@ -13,7 +13,7 @@ from alexnet_jax.network_options import add_not_averaged, add_run, open_network
 _EPILOG = f"""\
 RUN must be of a network that torchvision has, which is config.model.name "alexnet_owt" with its own
 kernels, strides and paddings; widths and classes may be others. What was imported comes out again
-bit for bit.
+bit for bit. A .pth is written by PyTorch, which the extra "peers" installs; a .safetensors is not.
 
 examples:
   python scripts/export_torchvision.py runs/imagenet alexnet.pth

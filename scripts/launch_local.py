@@ -1,6 +1,6 @@
 """Trains in several processes on one machine, to try what a cluster would do.
 
-python scripts/launch_local.py 2 --devices_per_process=2 -- --config=configs/digits.py
+python scripts/launch_local.py 2 -- --config=configs/digits.py --workdir=runs/digits_2
 
 What follows the -- are the arguments of alexnet_jax.main. On a machine with GPUs each process gets
 its own; elsewhere CPU devices, of which there may be more than cores. Ctrl-C and SIGTERM go to all
