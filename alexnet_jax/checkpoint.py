@@ -218,7 +218,8 @@ class Checkpoints:
             has ever been.
 
         Raises:
-            InputError: A checkpoint is of another network, none can be read, or all are gone.
+            InputError: A checkpoint is of another network, none can be read, all are gone, or
+                there is no memory for it.
         """
         steps = []
         if saved_steps(self.directory):
@@ -237,6 +238,13 @@ class Checkpoints:
                 found = self._restore_step(step, template(), sharding)
             except InputError:
                 raise
+            except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                # Says nothing of the checkpoint, which must not go away for it: the memory of a
+                # GPU may still be another process's.
+                raise InputError(
+                    f"checkpoint {step} in {self.directory} could not be placed in memory "
+                    f"({reason(error)}); nothing is lost: the same command tries again."
+                ) from error
             except Exception as error:  # whatever damage makes Orbax and TensorStore raise
                 log.warning(
                     "checkpoint %d is damaged (%s); trying the one before.", step, reason(error)

@@ -105,15 +105,19 @@ def _train_one(arguments: Sequence[str]) -> int:
             start_new_session=True,  # else Ctrl-C would reach it twice, which ends it at once
         )
         asked = False
-        while True:
-            try:
-                code = programs.shell_code(process.wait(timeout=0.2))
-                # Asked for too late for that run, which is finished, and in time for the next.
-                return code or (programs.EXIT_INTERRUPTED if stop_requested() else 0)
-            except subprocess.TimeoutExpired:
-                if stop_requested() and not asked:
-                    asked = True
-                    process.send_signal(signal.SIGTERM)
+        try:
+            while True:
+                try:
+                    code = programs.shell_code(process.wait(timeout=0.2))
+                    # Asked for too late for that run, which is finished, and in time for the next.
+                    return code or (programs.EXIT_INTERRUPTED if stop_requested() else 0)
+                except subprocess.TimeoutExpired:
+                    if stop_requested() and not asked:
+                        asked = True
+                        process.send_signal(signal.SIGTERM)
+        finally:  # a second Ctrl-C leaves from anywhere, and nobody would know of the run
+            if not asked and process.poll() is None:
+                process.send_signal(signal.SIGTERM)
 
 
 def compare(

@@ -395,5 +395,5 @@ def _check_together(config: ConfigDict) -> None:
         seen = "crop_size" if config.data.crop_size else "image_size"
         raise InputError(
             f"config.augment.crop_padding is {config.augment.crop_padding}; it must be less than "
-            f"config.data.{seen}, {config.data[seen]}, to be filled by reflection."
+            f"config.data.{seen}, {config.data[seen]}, or a crop could miss the image."
         )

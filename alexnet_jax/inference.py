@@ -143,7 +143,7 @@ class Network:
             raise InputError(f"An image cannot be used: {error}.") from error
         raise InputError(
             f"An image is {show(given)}, of type {type(given).__name__}; it must be a path, a "
-            "Pillow image, or a NumPy array of uint8."
+            "Pillow image, or a NumPy array of uint8 or uint16."
         )
 
     def predict(self, given: ImageLike | Iterable[ImageLike]) -> Predictions:

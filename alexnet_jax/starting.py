@@ -123,6 +123,12 @@ def open_start(config: ConfigDict, folder: Path) -> Start:
         theirs = network.config.model.get(key)
         if key not in _FREE and value != theirs:
             log.warning("config.model.%s is %s there and %s here.", key, theirs, value)
+    if config.data.normalize != (theirs := network.config.data.normalize):
+        log.warning(
+            "config.data.normalize is %s there and %s here; images are normalised as there.",
+            theirs,
+            config.data.normalize,
+        )
     return Start(
         variables=variables,
         anew=tuple(config.init.anew),

@@ -76,7 +76,7 @@ def train_and_evaluate(
     """Trains the network of a config, or goes on where it stopped, and measures it at the end.
 
     With many processes (see `processes.joined`) all of them call this alike and get the same
-    results; the first alone writes files.
+    results, but for each one's own time and hardware; the first alone writes files.
 
     Args:
         config: As `alexnet_jax.config.default_config` makes it.
@@ -84,7 +84,9 @@ def train_and_evaluate(
         notes: Sentences for the log, on how the program was set up.
 
     Returns:
-        What ``results.json`` holds: loss, accuracy, and confusion matrix of validation and test.
+        What ``results.json`` holds: for "validation", "test" and their like, where measured, a
+        dictionary of loss, accuracy and confusion matrix; beside them the step, the epochs, the
+        seconds of training, the number of parameters, FLOPs, seeds, hardware and versions.
 
     Raises:
         InputError: Something given cannot be used.
@@ -570,7 +572,7 @@ def _make_report(folder: Path) -> None:
 
 def _tell_results(results: dict[str, Any], folder: Path) -> None:
     """Tells how good the network is, on what, and where everything lies."""
-    names = run_folder.read_json(folder / run_folder.DATASET)["class_names"]
+    names = run_folder.read_dataset(folder)["class_names"]
     tested = report.tested_split(results)
     table = report.class_table(np.array(results[tested]["confusion"]), tuple(names))
     which = "Test" if tested.startswith("test") else "Validation"

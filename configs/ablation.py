@@ -15,6 +15,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from alexnet_jax.errors import InputError
+
 # What each row changes on top of those before it; the last is configs/cifar10_best.py.
 STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("classic", {}),
@@ -57,6 +59,8 @@ STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def get_config(row: str = "0") -> ConfigDict:
     """Returns the config of a row, counted from 0."""
+    if not (row.isdecimal() and int(row) < len(STEPS)):
+        raise InputError(f"there is no row {row!r}; it must be a number from 0 to {len(STEPS) - 1}")
     classic = Path(__file__).with_name("cifar10_classic.py")
     config: ConfigDict = runpy.run_path(str(classic))["get_config"]()
     config.test.views = "flip_translate"

@@ -3,7 +3,8 @@
 python -m alexnet_jax.main --config=configs/finetune.py:runs/cifar10 --config.data.name=flowers
 
 The network and the size of its images are those of RUN; the last layer begins anew. To train that
-layer alone, add --config.optimizer.frozen="('conv*','norm*','fc*')".
+layer alone, add --config.optimizer.frozen="('conv*','norm*','fc*')", without 'norm*' where the
+network has no normalisation.
 """
 
 from pathlib import Path
@@ -21,7 +22,8 @@ def get_config(run: str = "") -> ConfigDict:
         start = run_folder.read_config(Path(run).expanduser())
         config = default_config(start.model.name)
         config.model.update(start.model)
-        config.data.update({key: start.data[key] for key in ("image_size", "crop_size")})
+        for key in ("image_size", "crop_size", "normalize"):
+            config.data[key] = start.data[key]
         config.augment.update(start.augment)
         config.init.run = run
     config.optimizer.name = "adamw"

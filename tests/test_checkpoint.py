@@ -266,6 +266,21 @@ def test_nothing_is_lost_or_begun_anew_when_all_are_damaged(
     gc.collect()
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError("no more"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no more")]
+)
+def test_no_checkpoint_goes_away_for_want_of_memory(
+    open_checkpoints, one_and_two, tmp_path, monkeypatch, error
+):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(checksums, "check", refuse)
+    with pytest.raises(InputError, match=r"checkpoint 2 in .* in memory \(.*no more\); nothing is"):
+        open_checkpoints().restore(make_state, ALL)
+    assert on_disk(tmp_path) == [1, 2]
+
+
 def rewrite(folder, change):
     """Applies a change to the JSON beside the arrays."""
     path = folder / "progress" / "metadata"

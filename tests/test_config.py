@@ -276,10 +276,18 @@ def test_possible_together():
         ("model.norm", "layer", "config.model.norm is 'layer'; it must be one of none, batch"),
         ("model.pool_window", 9, "images of 32x32 pixels are too small for this network"),
         ("model.strides", (4, 4, 4, 1, 1), "images of 32x32 pixels are too small"),
+        ("model.hidden", (65536,) * 3, "config.model describes a network of 8,"),
     ],
 )
 def test_the_network_refuses_its_own_options(key, value, says):
     assert refusal(with_option(key, value)).startswith(says)
+
+
+def test_advice_is_of_the_options_that_the_network_has():
+    config = default_config("resnet")
+    config.model.width = 65536
+    message = refusal(config)
+    assert message.endswith("make its layers narrower.")
 
 
 def test_small_images_are_refused():

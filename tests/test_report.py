@@ -450,6 +450,8 @@ def test_reports_of_all_kinds(tmp_path, options):
     assert ("This run is not finished" in page) == (not finished)
     assert (folder / "figures" / "confusion.png").exists() == finished
     assert ("averaged weights" in page) == options.get("ema", True)
+    both = finished and options.get("ema", True) and options.get("validation", True)
+    assert ("accuracy, validation, averaged weights" in page) == both
     assert ("classes with the lowest F1" in page) == (options.get("classes") == 1000)
     seeds = options.get("seeds", 1)
     assert ("90.00% (deviation 1.23)" in page) == (seeds > 1)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -135,12 +136,13 @@ def test_the_command_names_the_nearest_config_and_what_differs(tmp_path):
     config.augment.flip = False
     config.data.workers = 7  # free to change, and so not named
     run = read_run(make_run(tmp_path / "run", (0.9,), config=config, seed=4))
-    assert command(run) == (
+    assert command(run, "three") == (
         "python -m alexnet_jax.main --config=configs/cifar10_classic.py --noconfig.augment.flip "
-        '--config.model.features="(8,8,8,8,8)" --config.train.epochs=3'
+        '--config.model.features="(8,8,8,8,8)" --config.train.epochs=3 '
+        "--workdir=runs/three"
     )
     (tmp_path / "common.py").write_text("SHARED = 1")  # beside configs, and none itself
-    assert "with options that no config file here has" in command(run, tmp_path)
+    assert "with options that no config file here has" in command(run, "three", tmp_path)
 
 
 def test_a_seed_that_comes_twice_is_refused(tmp_path):
@@ -294,6 +296,9 @@ def test_the_ablation_leads_from_classic_to_best():
     assert last == best | closed
     for row in range(1, len(ablation.STEPS)):
         assert ablation.get_config(str(row)) != ablation.get_config(str(row - 1))
+    for row in ("-1", str(len(ablation.STEPS)), "adamw"):
+        with pytest.raises(InputError, match=f"no row '{row}'; it must be a number from 0 to 17"):
+            ablation.get_config(row)
 
 
 def test_the_ablation_runs_its_rows_in_turn_and_stops_where_one_does(tmp_path, capsys, monkeypatch):
@@ -431,3 +436,20 @@ def test_a_request_to_stop_is_passed_on_to_the_run(monkeypatch, tmp_path):
     assert comparison._train_one([]) == 75
     script.write_text(script.read_text().replace("74 + len(count)", "0"))
     assert comparison._train_one([]) == 75  # that run is finished, the next one is not to begin
+
+
+def test_no_run_is_left_behind_unseen(monkeypatch):
+    """A second Ctrl-C ends the program before it has passed the first one on."""
+    signals = []
+
+    class Process:
+        poll = staticmethod(lambda: None)
+        send_signal = staticmethod(signals.append)
+
+        def wait(self, timeout):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison.subprocess, "Popen", lambda *_, **__: Process())
+    with pytest.raises(KeyboardInterrupt):
+        comparison._train_one([])
+    assert signals == [signal.SIGTERM]

@@ -167,6 +167,21 @@ def test_other_options_of_the_network_are_said(source, tmp_path, caplog):
     ]
 
 
+def test_images_are_normalised_as_the_network_knows_them(source, tmp_path, caplog):
+    config = tiny()
+    config.init.run = str(source)
+    config.data.normalize = "mean"
+    with caplog.at_level("WARNING"):
+        start = open_start(config, tmp_path)
+    assert (start.info["mean"], start.info["deviation"]) == (list(MEAN), list(DEVIATION))
+    assert [record.getMessage() for record in caplog.records] == [
+        "config.data.normalize is deviation there and mean here; images are normalised as there."
+    ]
+    options = run_folder.read_json(source / run_folder.CONFIG)
+    run_folder.write_json(source / run_folder.CONFIG, options | {"data.normalize": "mean"})
+    assert finetune(str(source)).data.normalize == "mean"
+
+
 def finetune(run):
     spec = importlib.util.spec_from_file_location("finetune", ROOT / "configs" / "finetune.py")
     module = importlib.util.module_from_spec(spec)

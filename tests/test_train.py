@@ -19,6 +19,7 @@ import pytest
 
 from alexnet_jax import inference, parallel, steps, train, writers
 from alexnet_jax.config import default_config, flatten
+from alexnet_jax.data import resident
 from alexnet_jax.data.sources import Source, load_source
 from alexnet_jax.errors import Diverged, InputError, Interrupted
 from alexnet_jax.evaluation import evaluate_network
@@ -228,6 +229,13 @@ def test_a_finished_run_says_so_and_reads_nothing(whole_run, config, monkeypatch
     assert "finished" in caplog.text
 
 
+def test_a_finished_run_without_its_data_set_is_refused(whole_run, config, tmp_path):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    (tmp_path / "run" / "dataset.json").unlink()
+    with pytest.raises(InputError, match=r"dataset\.json is missing"):
+        train_and_evaluate(config, tmp_path / "run")
+
+
 def test_the_test_set_is_read_once_and_last(whole_run, read_and_measured):
     after_each_epoch = ["measure"] * 3
     assert read_and_measured == [
@@ -294,6 +302,9 @@ def test_validation_images_that_round_to_none(config, tmp_path, caplog):
     config.optimizer.schedule = "constant"
     assert "validation" not in train_and_evaluate(config, tmp_path / "run")
     assert "nothing is measured before the end" in caplog.text
+    mesh = parallel.make_mesh()
+    with pytest.raises(InputError, match="of each class of digits, so that the run has no valid"):
+        resident.load_split(config, mesh, "validation")
 
 
 def run_python(code, *arguments, **variables):

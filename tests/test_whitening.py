@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from alexnet_jax.data.augment import create_normalize
-from alexnet_jax.models import measure_fixed
+from alexnet_jax.models import measure_fixed, whitening
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.models.whitening import COLLECTION, EPSILON, NAME, whitening_kernels
 from alexnet_jax.state import create_state
@@ -60,6 +60,14 @@ def test_the_kernels_do_not_depend_on_the_order_of_the_images():
     shuffled = images[np.random.default_rng(1).permutation(len(images))]
     measure = functools.partial(whitening_kernels, mean=MEAN, deviation=DEVIATION, side=2)
     np.testing.assert_array_equal(measure(images), measure(shuffled))
+
+
+def test_the_kernels_do_not_depend_on_how_many_images_go_together(monkeypatch):
+    images = smooth_images(7)
+    measure = functools.partial(whitening_kernels, images, MEAN, DEVIATION, 2)
+    together = measure()
+    monkeypatch.setattr(whitening, "CHUNK_BYTES", 3 * 8 * 12 * 11 * 11)
+    np.testing.assert_array_equal(measure(), together)
 
 
 def test_the_network_convolves_with_them_and_keeps_the_size():

@@ -102,7 +102,12 @@ class RunData(NamedTuple):
     resident: dict[str, bool]
 
     def examples(self, count: int) -> np.ndarray:
-        """Returns training images uint8[count, S, S, 3] to look at, evenly spaced in the set."""
+        """Returns training images uint8[N, S, S, 3] to look at, evenly spaced in the set.
+
+        Args:
+            count: N at the most: large images are fewer, and so are those of a small set.
+        """
+        count = min(count, STATISTICS_PIXELS // self.info["image_shape"][0] ** 2)
         chosen = _evenly_spaced(self.train_size, count)
         if isinstance(self.train, StreamedDataset):
             return self.train.source.read(self.train.indices[chosen])[0]
@@ -277,8 +282,8 @@ def load_split(config: ConfigDict, mesh: Mesh, split: str) -> Split:
         indices = batches.stratified_split(labels, fraction)[split == "validation"]
         if not len(indices):
             raise InputError(
-                f"{_less_than_an_image(fraction, name)}, so that the run has no validation images; "
-                "choose another split."
+                f"{_less_than_an_image(fraction, config.data.name)}, so that the run has no "
+                "validation images; choose another split."
             )
     parts = {config.data.test_split: "test", config.data.train_split: "train"}
     whole = name if name in parts else name.partition("[")[0]

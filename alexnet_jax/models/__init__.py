@@ -95,12 +95,12 @@ def check_model(config: ConfigDict, image_size: int) -> dict[str, Any]:
     variables = jax.eval_shape(
         lambda images: model.init(jax.random.key(0), images, train=False), images
     )
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
     if parameters > MAX_PARAMETERS:
+        pool = ", or pool more before the first of config.model.hidden" * ("hidden" in config)
         raise InputError(
             f"config.model describes a network of {parameters:,} parameters; the most are "
-            f"{MAX_PARAMETERS:,}: make its layers narrower, or pool more before the first of "
-            "config.model.hidden."
+            f"{MAX_PARAMETERS:,}: make its layers narrower{pool}."
         )
     return variables
 
@@ -115,7 +115,7 @@ def measure_fixed(
 
     Args:
         model: A network.
-        sample: Returns about so many training images, uint8[N, H, W, C]; called if need be.
+        sample: Returns at most so many training images, uint8[N, H, W, C]; called if need be.
         mean: Of each channel, on the scale 0..1, as the network's input is normalised by.
         deviation: Likewise.
 

@@ -15,6 +15,7 @@ COLLECTION = "whitening"
 NAME = "whiten"  # of the layer in a network
 # Added to the eigenvalues, so that directions of noise are not blown up; airbench's value.
 EPSILON = 5e-4
+CHUNK_BYTES = 2**21  # of patches at once, small enough for the processor's cache
 MOST_IMAGES = 5000  # that the moments are measured on, evenly spaced over those to train on
 
 
@@ -84,15 +85,15 @@ def whitening_kernels(
     # Sums of products of whole numbers below 2^53, which float64 holds exactly: the same in
     # whatever order, on every machine and process.
     count, sums, products = 0, np.zeros(size), np.zeros((size, size))
-    for start in range(0, len(images), 16):  # Small enough for the processor's cache.
-        planes = np.ascontiguousarray(images[start : start + 16].transpose(3, 0, 1, 2))
-        planes = planes.astype(np.float64)
+    rows, columns = height - side + 1, width - side + 1  # of patches in an image
+    together = max(1, CHUNK_BYTES // (8 * size * rows * columns))
+    for start in range(0, len(images), together):
+        planes = images[start : start + together].transpose(3, 0, 1, 2)
         # A row for each place in a patch, in the order of a kernel's dimensions.
-        rows = [
-            planes[channel, :, i : i + height - side + 1, j : j + width - side + 1].ravel()
-            for i, j, channel in np.ndindex(side, side, channels)
-        ]
-        patches = np.stack(rows)
+        places = np.empty((size, planes.shape[1], rows, columns))
+        for place, (i, j, channel) in zip(places, np.ndindex(side, side, channels), strict=True):
+            place[:] = planes[channel, :, i : i + rows, j : j + columns]
+        patches = places.reshape(size, -1)
         count += patches.shape[1]
         sums += patches.sum(1)
         products += patches @ patches.T

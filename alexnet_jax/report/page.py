@@ -361,7 +361,8 @@ def _tiles(run: Run, context: dict[str, Any]) -> list[tuple[str, str]]:
             tiles.append((f"{context['top_accuracy']:.2%}", label))
         validated = tested.replace("test", "validation")
         if validated in results and validated != tested:
-            tiles.append((f"{results[validated]['accuracy']:.2%}", "accuracy, validation"))
+            accuracy = results[validated]["accuracy"]
+            tiles.append((f"{accuracy:.2%}", f"accuracy, {SPLITS[validated]}"))
         if "ece" in context:
             tiles.append((f"{context['ece']:.1%}", "expected calibration error"))
         tiles.append((compact(results["parameters"]), "parameters"))
