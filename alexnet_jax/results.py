@@ -198,9 +198,20 @@ def table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> str:
     Args:
         groups: Of `group`.
         names: Of the rows.
+
+    Raises:
+        InputError: Some runs have no accuracy on test images, and some none on validation images.
     """
-    tested = all("test" in run.results for members in groups for run in members)
+    runs = [run for members in groups for run in members]
+    untested = [run for run in runs if "test" not in run.results]
+    tested = not untested
     split = "test" if tested else "validation"
+    for run in runs:
+        if not run.accuracies("", split):
+            raise InputError(
+                f"{untested[0].folder} was not measured on the test set, and {run.folder} not on "
+                "validation images; make a table of each kind."
+            )
     head = " | ".join(_COLUMNS).format(split)
     lines = [f"| {head} |", "|" + "---|" * len(_COLUMNS)]
     for members, name in zip(groups, names, strict=True):

@@ -77,12 +77,12 @@ def run() -> None:
     )
     parser.add_argument("--name", default="cifar10", help="the prepared data set")
     parser.add_argument("--data_dir", default="", help="where it lies, if not in TFDS's folder")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/finetuning"))
+    parser.add_argument("--workdir", type=Path, help="by default runs/finetuning-NAME")
     parser.add_argument("--seeds", type=int, default=3, help="of each way (default: 3)")
     parser.add_argument("--pretrain_epochs", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=60, help="of 7 steps of 32 images")
     options = parser.parse_args()
-    workdir = options.workdir.absolute()
+    workdir = (options.workdir or Path(f"runs/finetuning-{options.name}")).absolute()
     try:
         data = prepare(options, workdir)
     except InputError as error:

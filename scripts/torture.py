@@ -135,15 +135,19 @@ class Session:
         self._process.send_signal(signal.SIGKILL)
         return True
 
-    def ended(self) -> str:
-        """Waits for the end; returns what is wrong with it, or nothing."""
+    def ended(self, killed: bool = False) -> str:
+        """Waits for the end; returns what is wrong with it, or nothing.
+
+        Args:
+            killed: Whether `kill_at` did so, unless the end came first.
+        """
         try:
             code = self._process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
             return f"still ran after {_PATIENCE:.0f} s"
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace")
-        if "Traceback" in said or code not in (0, -signal.SIGKILL):
+        if "Traceback" in said or not (code == 0 or (killed and code == -signal.SIGKILL)):
             return f"exit code {code}: {said[-2000:]}"
         return ""
 
@@ -189,13 +193,16 @@ def torture_by_kills(kills: int, rng: random.Random, folder: Path) -> dict[str, 
         run = folder / f"run{runs}"
         while not (run / "report.html").exists():
             with Session(run, data_dir, cache) as session:
+                killed = False
                 if done.total() < kills:
                     # The rarest so far, and of these any, for some are never reached.
                     fewest = min(done[name] for name in MOMENTS)
                     name = rng.choice([name for name in MOMENTS if done[name] <= fewest + 2])
-                    if session.kill_at(MOMENTS[name], rng):
-                        done[name] += 1
-                wrong = session.ended()
+                    killed = session.kill_at(MOMENTS[name], rng)
+                    done[name] += killed
+                wrong = session.ended(killed)
+            if not (wrong or killed or (run / "report.html").exists()):
+                wrong = "it ended well, and left no report"
             if wrong:
                 failures.append(f"run {runs}, after {done.total()} kills: {wrong}")
                 break

@@ -11,6 +11,7 @@ import pytest
 
 # Before the backend starts. Tests that need fewer devices make a mesh of some of them.
 jax.config.update("jax_platforms", "cpu")
+os.environ["JAX_PLATFORMS"] = "cpu"  # also of the processes that they start, beside a GPU
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the time goes into compiling networks that take a few steps. XLA transforms and fuses a

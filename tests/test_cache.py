@@ -60,14 +60,14 @@ def test_images_are_decoded_once(source, decodings):
     assert [path.name for path in kept_files(source)] == ["test__100_-8-images.npz"]
 
 
-def test_small_sets_are_not_kept(source, decodings, monkeypatch):
+def test_small_sets_are_not_kept(source, monkeypatch):
     monkeypatch.setattr(cache, "WORTH_KEEPING", 100 * 8 * 8 * 3)
     assert_right(source)
     assert not Path(source.folder, "computed").exists()
 
 
 @pytest.mark.parametrize("place", [0.01, 0.3, 0.6, 0.98])
-def test_a_flipped_bit_is_noticed_or_harmless(source, decodings, place):
+def test_a_flipped_bit_is_noticed_or_harmless(source, place):
     assert_right(source)
     (path,) = kept_files(source)
     content = bytearray(path.read_bytes())
@@ -97,21 +97,21 @@ def test_other_files_make_it_stale(source, decodings, tmp_path):
     assert len(kept_files(source)) == 1
 
 
-def test_where_it_cannot_be_written_the_run_goes_on_without(source, decodings, caplog):
+def test_where_it_cannot_be_written_the_run_goes_on_without(source, caplog):
     Path(source.folder, "computed").write_text("in the way")
     with caplog.at_level("INFO", "alexnet_jax"):
         assert_right(source)
     assert "cannot be written" in caplog.text
 
 
-def test_a_full_disk_is_left_alone(source, decodings, monkeypatch):
+def test_a_full_disk_is_left_alone(source, monkeypatch):
     usage = cache.shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
     assert_right(source)
     assert kept_files(source) == []
 
 
-def test_what_a_killed_process_left_goes_after_a_while(source, decodings):
+def test_what_a_killed_process_left_goes_after_a_while(source):
     folder = Path(source.folder, "computed")
     folder.mkdir()
     old, new = (folder / f".x.npz.{name}.unfinished" for name in ("old", "new"))

@@ -198,7 +198,6 @@ def three(grey):
 
 
 def palette():
-    image = Image.fromarray(GREY % 4).copy()
     image = Image.frombytes("P", (SIZE, SIZE), (GREY % 4).tobytes())
     image.putpalette([0, 10, 20, 250, 120, 3, 90, 91, 92, 255, 255, 255])
     return image

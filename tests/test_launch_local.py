@@ -12,27 +12,20 @@ from pathlib import Path
 import pytest
 
 from alexnet_jax.errors import InputError
+from scripts import launch_local as launcher
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-@pytest.fixture
-def launcher(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import launch_local
-
-    return launch_local
-
-
-def launch(launcher, *programs, variables=None):
+def launch(*programs, variables=None):
     commands = [[sys.executable, "-c", program] for program in programs]
     return launcher.launch(commands, variables or [{}] * len(programs))
 
 
-def test_the_first_has_the_terminal_and_the_others_a_number(launcher, capfd):
+def test_the_first_has_the_terminal_and_the_others_a_number(capfd):
     tell = "import os, sys; print('[Gloo] noise'); print(os.environ['WHO'], file=sys.stderr)"
     variables = [{"WHO": who} for who in ("zero", "one", "two")]
-    assert launch(launcher, tell, tell, tell, variables=variables) == 0
+    assert launch(tell, tell, tell, variables=variables) == 0
     out, err = capfd.readouterr()
     assert out == "[Gloo] noise\n"
     assert sorted(err.splitlines()) == ["[1] one", "[2] two", "zero"]
@@ -46,17 +39,15 @@ def test_the_first_has_the_terminal_and_the_others_a_number(launcher, capfd):
         ("raise SystemExit(75)", 75, None),
     ],
 )
-def test_the_first_failure_is_the_exit_code_and_ends_all(
-    launcher, capfd, monkeypatch, how, code, says
-):
+def test_the_first_failure_is_the_exit_code_and_ends_all(capfd, monkeypatch, how, code, says):
     monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.3)
-    assert launch(launcher, "import time; time.sleep(100)", how) == code
+    assert launch("import time; time.sleep(100)", how) == code
     err = capfd.readouterr().err
     assert (f"launch_local: {says}\n" in err) if says else ("exit code" not in err)
     assert "process 0 still runs 0 s later; killing it." in err
 
 
-def test_signals_reach_every_process_once(launcher, tmp_path):
+def test_signals_reach_every_process_once(tmp_path):
     program = """
 import signal, sys, time
 def saved(number, frame):
@@ -81,8 +72,9 @@ time.sleep(100)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_devices_are_fake_ones_or_a_gpu_each(launcher, monkeypatch):
+def test_devices_are_fake_ones_or_a_gpu_each(monkeypatch):
     cpu = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "3"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert launcher.device_variables(1, 2, 3, {}) == cpu
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert launcher.device_variables(1, 2, 3, {"JAX_PLATFORMS": "cpu"}) == cpu

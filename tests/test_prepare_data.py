@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import os
 import pickle
@@ -25,16 +24,10 @@ from alexnet_jax.config import default_config
 from alexnet_jax.data import builders, images, prepare, trees
 from alexnet_jax.data.sources import load_source
 from alexnet_jax.errors import InputError
+from scripts import prepare_data as script
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "prepare_data.py"
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def encoded(color=(200, 30, 60), size=(12, 10), mode="RGB", kind="PNG", **options):
@@ -585,7 +578,7 @@ def test_an_interruption_leaves_nothing_and_the_next_run_works(tmp_path, monkeyp
         return normalize(data, name)
 
     monkeypatch.setattr(images, "normalize_encoded", interrupt)
-    assert load_script().main([str(path), f"--data_dir={data_dir}"]) == 130
+    assert script.main([str(path), f"--data_dir={data_dir}"]) == 130
     assert not leftovers(data_dir)
     monkeypatch.setattr(images, "normalize_encoded", normalize)
     assert prepare.prepare_path(path, data_dir=data_dir).is_new
@@ -602,7 +595,7 @@ def test_a_killed_preparation_is_cleared_by_the_next(tmp_path):
     assert other.exists()
 
 
-def test_overwriting_keeps_the_old_set_until_the_new_is_complete(tmp_path, monkeypatch):
+def test_overwriting_keeps_the_old_set_until_the_new_is_complete(tmp_path):
     data_dir = str(tmp_path / "tfds")
     path = write_folder(tmp_path / "pets", tree_files())
     assert prepare.prepare_path(path, data_dir=data_dir).is_new
@@ -652,7 +645,7 @@ def test_of_two_that_prepare_the_same_set_the_second_takes_the_first_ones(tmp_pa
 
 
 def test_the_program_reports_and_repeats(tmp_path, capsys):
-    main = load_script().main
+    main = script.main
     files = tree_files() | {"train/notes.txt": b"x"}
     path = write_tar(tmp_path / "pets.tar.gz", files)
     arguments = [str(path), f"--data_dir={tmp_path / 'tfds'}"]
@@ -674,7 +667,7 @@ def test_the_program_reports_and_repeats(tmp_path, capsys):
 
 
 def test_the_program_prints_errors_as_sentences(tmp_path, capsys):
-    assert load_script().main([str(tmp_path / "none.zip"), f"--data_dir={tmp_path}"]) == 2
+    assert script.main([str(tmp_path / "none.zip"), f"--data_dir={tmp_path}"]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: There is no file or folder")
     assert captured.out == ""

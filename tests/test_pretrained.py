@@ -3,7 +3,7 @@
 import collections
 import functools
 import hashlib
-import importlib.util
+import importlib
 import io
 import json
 import zipfile
@@ -75,10 +75,7 @@ def state_dict(twin):
 
 
 def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"scripts.{name}")
 
 
 @pytest.mark.parametrize("size", [(63, 63), (100, 180), (224, 224), (256, 256)])
@@ -156,10 +153,6 @@ def test_a_thousand_classes_have_the_synsets_of_imagenet():
 
 
 # --- what does not fit --------------------------------------------------------------------------
-
-
-def changed(state_dict, key, value):
-    return state_dict | {key: value}
 
 
 @pytest.mark.parametrize(

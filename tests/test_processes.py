@@ -100,9 +100,9 @@ def test_flags_go_before_the_environment():
 
 def test_open_mpi_5_is_found_on_one_host_only():
     found = find(Flags(), OPEN_MPI | {"PMIX_NAMESPACE": "prterun-1"})
-    assert found == find(Flags(), OPEN_MPI | {"PMIX_NAMESPACE": "prterun-1"})
     assert (found["num_processes"], found["process_id"], found["local_device_ids"]) == (2, 1, [1])
-    assert re.fullmatch(r"127\.0\.0\.1:6[1-5]\d\d\d", found["coordinator_address"])
+    # All processes of a job must come to the same port, whatever else they draw.
+    assert found["coordinator_address"] == "127.0.0.1:62649"
     with pytest.raises(InputError, match="does not say where process 0 is; give --coordinator"):
         find(Flags(), OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
 

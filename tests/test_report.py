@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +23,8 @@ from alexnet_jax.report import (
     plot_curves,
     write_report,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import report as program
+from alexnet_jax.report.page import compact
+from scripts import report as program
 
 
 def record(split, epoch, loss, images=None):
@@ -485,7 +481,12 @@ def comparison(whole, tmp_path_factory):
     return page
 
 
-def test_runs_are_compared(comparison, capsys):
+def test_counts_have_three_digits_and_the_unit_they_round_to():
+    counts = (7, 999, 1_234, 999_499, 999_700, 61_100_840, 999_800_000)
+    assert list(map(compact, counts)) == [*("7", "999", "1.23 k", "999 k", "1 M", "61.1 M", "1 G")]
+
+
+def test_runs_are_compared(comparison):
     page = comparison.read_text()
     for cell in ("1. a &lt;b&gt; run", "2. a &lt;b&gt; run", "90.00%", "not finished"):
         assert cell in page

@@ -1,6 +1,6 @@
 """The table of results: statistics by hand, runs that are no use, and what each row names."""
 
-import importlib.util
+import importlib
 import json
 import re
 import signal
@@ -20,10 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def program(folder, name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"{folder}.{name}")
 
 
 def make_run(folder, accuracies, *, config=None, seed=0, views=(), **results):
@@ -185,6 +182,18 @@ def test_what_is_no_finished_run_is_refused(tmp_path):
     (folder / "results.json").unlink()
     with pytest.raises(InputError, match="is not finished; give its command again"):
         read_run(folder)
+
+
+def test_rows_that_no_column_is_right_for_are_refused(tmp_path):
+    tested = make_run(tmp_path / "tested", (0.9,))
+    untested = make_run(tmp_path / "untested", (0.9,), validation={"loss": 1.0, "accuracy": 0.8})
+    results = json.loads((untested / "results.json").read_text())
+    del results["test"]
+    (untested / "results.json").write_text(json.dumps(results))
+    runs = [read_run(untested), read_run(tested)]
+    assert rows(table([runs[:1]], ["a"]))[1][0][1] == "80.00"
+    with pytest.raises(InputError, match=r"untested was not .* and .*/tested not on validation"):
+        table([[run] for run in runs], ["a", "b"])
 
 
 def test_the_program_prints_the_table_and_puts_it_into_a_file(tmp_path, capsys):

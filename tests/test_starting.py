@@ -1,6 +1,5 @@
 """Fine-tuning: a run begins as the network of another one, and what does not fit is refused."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from alexnet_jax.models import create_model
 from alexnet_jax.starting import Start, open_start
 from alexnet_jax.state import create_state
 from alexnet_jax.train import train_and_evaluate
+from configs import finetune
 
 ROOT = Path(__file__).parents[1]
 SIDE = 8
@@ -179,18 +179,11 @@ def test_images_are_normalised_as_the_network_knows_them(source, tmp_path, caplo
     ]
     options = run_folder.read_json(source / run_folder.CONFIG)
     run_folder.write_json(source / run_folder.CONFIG, options | {"data.normalize": "mean"})
-    assert finetune(str(source)).data.normalize == "mean"
-
-
-def finetune(run):
-    spec = importlib.util.spec_from_file_location("finetune", ROOT / "configs" / "finetune.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(run)
+    assert finetune.get_config(str(source)).data.normalize == "mean"
 
 
 def test_the_config_takes_the_network_from_the_run(source):
-    config = finetune(str(source))
+    config = finetune.get_config(str(source))
     validate(config)
     assert config.model == tiny().model
     assert (config.data.image_size, config.init.run) == (SIDE, str(source))
@@ -211,7 +204,7 @@ def test_a_fine_tuned_run_is_bit_equal_when_resumed(tmp_path, monkeypatch, one_d
     """With frozen layers, crops, shifted colours and a rate that goes by the validation images."""
     two = {"features": (8, 8), "kernels": (3, 3), "strides": (1, 1), "pools": (True, True)}
     source = make_source(tmp_path / "source", **two)  # five take longer to compile
-    config = finetune(str(source))
+    config = finetune.get_config(str(source))
     config.data.update({"name": "digits", "data_dir": str(tmp_path), "image_size": SIDE + 2})
     config.data.update({"crop_size": SIDE, "validation_fraction": 0.1})
     config.augment.pca_colour = 0.1

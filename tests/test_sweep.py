@@ -1,6 +1,6 @@
 """Sweeps: ranges, and trials whose training is a script that does as a run does, in no time."""
 
-import importlib.util
+import csv
 import json
 import shutil
 import sqlite3
@@ -15,6 +15,7 @@ from alexnet_jax.config import default_config
 from alexnet_jax.errors import InputError
 from alexnet_jax.report import figures
 from alexnet_jax.search_space import Choice, Range, parse_space
+from scripts import sweep as program
 
 ROOT = Path(__file__).parents[1]
 RATE = "optimizer.learning_rate"
@@ -73,7 +74,8 @@ def folder(tmp_path, monkeypatch):
     popen = sweep.subprocess.Popen
 
     def start(command, **options):
-        assert command[1:3] == ["-m", "alexnet_jax.main"]
+        if command[1:3] != ["-m", "alexnet_jax.main"]:  # as Matplotlib's, that looks for fonts
+            return popen(command, **options)
         return popen([sys.executable, "-S", str(script), *command[3:]], **options)
 
     monkeypatch.setattr(sweep.subprocess, "Popen", start)
@@ -132,6 +134,11 @@ def test_trials_are_trained_side_by_side_and_only_the_best_keeps_its_checkpoints
     again = sweep.best_command(searching(folder, flags=("--config.x=1",)), sweep.best_trial(study))
     assert again.startswith("python -m alexnet_jax.main --config=configs/digits.py --config.x=1")
     assert "measure" not in again
+
+
+def test_all_checkpoints_are_kept_if_asked_for(folder):
+    _, rows, _ = search(folder, 2, keep_checkpoints=True)
+    assert all((folder / row.name / "checkpoints").exists() for row in rows)
 
 
 def test_a_trial_below_the_median_is_stopped_and_saved(folder):
@@ -202,7 +209,8 @@ def test_trials_that_wait_to_go_on_keep_their_checkpoints(folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "stop_requests", Stopping)
-        search(folder, 2, workers=2, enqueue=[0.1, 0.05])
+        finished, _, _ = search(folder, 2, workers=2, enqueue=[0.1, 0.05])
+    assert not finished  # both had begun: they are trained side by side
     how(folder, "")
     finished, rows, _ = search(folder, 2, workers=1)
     assert finished
@@ -229,6 +237,7 @@ def test_the_process_of_a_killed_sweep_is_waited_for(folder, monkeypatch, caplog
     with caplog.at_level("INFO", logger="alexnet_jax"):
         finished, (row,), _ = search(folder, 1)
     assert (finished, row.state, len(asked)) == (True, "complete", 4)
+    assert caplog.text.count("an earlier session still trains it; waiting for its end") == 1
 
 
 def test_what_diverges_is_told_and_what_is_refused_ends_the_sweep(folder):
@@ -314,15 +323,7 @@ def test_what_cannot_be_searched_is_told(ranges, choices, message):
     assert message in str(refusal.value)
 
 
-@pytest.fixture
-def program():
-    spec = importlib.util.spec_from_file_location("sweep_program", ROOT / "scripts" / "sweep.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_program_ends_with_a_table_a_figure_and_a_command(program, folder, capsys, monkeypatch):
+def test_the_program_ends_with_a_table_a_figure_and_a_command(folder, capsys, monkeypatch):
     drawn = []
     draw = figures.search
     monkeypatch.setattr(figures, "search", lambda *given: drawn.append(given) or draw(*given))
@@ -337,8 +338,9 @@ def test_the_program_ends_with_a_table_a_figure_and_a_command(program, folder, c
     said = capsys.readouterr().out
     assert said.startswith("| trial | validation (%) | epochs | optimizer.learning_rate |")
     assert "8 trained to the end, 0 pruned, 0 failed" in said
-    best = said.splitlines()[2].split(" | ")
-    assert f"--config.{RATE}={float(best[3]):.2g}"[:-1] in said.splitlines()[-1]
+    with (folder / "study" / "trials.csv").open() as file:
+        best = max(csv.DictReader(file), key=lambda row: float(row["validation_accuracy"]))
+    assert f"--config.{RATE}={best[RATE]} " in said.splitlines()[-1]
     assert (folder / "study" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert len((folder / "study" / "trials.csv").read_text().splitlines()) == 9
     ((trials, importances, logarithmic),) = drawn
@@ -359,9 +361,7 @@ def test_the_program_ends_with_a_table_a_figure_and_a_command(program, folder, c
         (["--config=configs/nothing.py"], "configs/nothing.py is not a file"),
     ],
 )
-def test_the_program_answers_mistakes_in_a_sentence(
-    program, arguments, message, capsys, monkeypatch
-):
+def test_the_program_answers_mistakes_in_a_sentence(arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert program.main(["--config=configs/digits.py", *arguments]) == 2
     said = capsys.readouterr().err

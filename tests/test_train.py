@@ -621,7 +621,7 @@ def test_the_first_step_waits_for_nothing_that_it_does_not_need(tmp_path):
     assert done.stdout == "[]\n"
 
 
-def test_import_and_run_without_tensorflow(config, tmp_path):
+def test_import_and_run_without_tensorflow(tmp_path):
     code = """
         import importlib.machinery, sys
         class Hiding:

@@ -207,9 +207,14 @@ def test_tensorboard_itself_shows_a_run(tmp_path):
         try:
             port = urllib.parse.urlparse(server.stdout.readline().strip()).port
             deadline = time.monotonic() + 60
-            while not ask(port, "scalars/tags").get("one") and time.monotonic() < deadline:
-                time.sleep(0.1)
             tags = {"train/loss", "validation/loss", "validation/accuracy"}
+            kinds = ("scalars", "images", "histograms", "text")
+
+            def loaded():  # one event after another, each of one kind
+                return [len(ask(port, f"{kind}/tags").get("one", ())) for kind in kinds]
+
+            while loaded() != [3, 3, 1, 3] and time.monotonic() < deadline:
+                time.sleep(0.1)
             assert set(ask(port, "scalars/tags")["one"]) == tags
             losses = ask(port, "scalars/scalars?run=one&tag=train/loss")
             assert [(step, value) for _, step, value in losses] == [(3, 0.5), (4, 0.125)]

@@ -195,7 +195,7 @@ def percent(share: float) -> str:
 def compact(count: int) -> str:
     """Writes a count in few letters, "61.1 M"."""
     for power, unit in ((9, "G"), (6, "M"), (3, "k")):
-        if count >= 10**power:
+        if count >= 0.9995 * 10**power:  # 999,700 rounds to 1 M, not to 1000 k
             return f"{count / 10**power:.3g} {unit}"
     return str(count)
 
