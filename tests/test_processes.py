@@ -205,7 +205,7 @@ def newest(folder):
 
 
 def test_two_processes_train_stop_die_and_go_on_as_one(tmp_path, monkeypatch):
-    """The issue's promises in one chain of sessions, each a restore of what the last one left."""
+    """One chain of sessions, each a restore of what the last one left."""
     data_dir = tmp_path / "data"
     alone, many = tmp_path / "alone", tmp_path / "many"
     config = runpy.run_path(str(ROOT / "configs/digits.py"))["get_config"]()

@@ -1,15 +1,13 @@
 """Many seeds in one run: each is what its own run is, saved and resumed as exactly."""
 
-import os
 import re
-import signal
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from trained_run import records, saved, stopped_at
 
-from alexnet_jax import models, optimizers, parallel, replicas, state, train, writers
+from alexnet_jax import models, optimizers, parallel, replicas, state, train
 from alexnet_jax.config import default_config
 from alexnet_jax.errors import Diverged, InputError, Interrupted
 from alexnet_jax.train import train_and_evaluate
@@ -23,6 +21,7 @@ pytestmark = [
 
 MAKE_MESH, ON_CPU = parallel.make_mesh, parallel.on_cpu
 SEEDS = (5, 6)
+LAST = 8  # step
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +50,6 @@ def tiny_config(data_dir, seed=SEEDS[0], num_seeds=2):
     return config
 
 
-def saved(folder, step=8):
-    manager = ocp.CheckpointManager((folder / "checkpoints").absolute())
-    restore = ocp.args.StandardRestore()
-    found = manager.restore(step, args=ocp.args.Composite(params=restore, rest=restore))
-    return {"params": found.params, "rest": found.rest}
-
-
-def records(folder):
-    found = writers.read_metrics(folder / "metrics.jsonl")
-    for record in found:
-        record.pop("images_per_second", None)
-    return found
-
-
 @pytest.fixture(scope="module")
 def both(data_dir, tmp_path_factory, quick_runs):
     folder = tmp_path_factory.mktemp("runs") / "both"
@@ -82,12 +67,12 @@ def alone(data_dir, tmp_path_factory, quick_runs):
 
 
 def test_each_replica_is_bit_equal_to_its_own_run(both, alone):
-    together = saved(both[0])
+    together = saved(both[0], LAST)
     for index, (folder, _) in enumerate(alone):
-        ours, theirs = jax.tree.leaves(replicas.pick(together, index)), saved(folder)
+        ours, theirs = jax.tree.leaves(replicas.pick(together, index)), saved(folder, LAST)
         for array, its_twin in zip(ours, jax.tree.leaves(theirs), strict=True):
             np.testing.assert_array_equal(array, its_twin)
-    first, second = (saved(folder)["params"]["conv1"]["kernel"] for folder, _ in alone)
+    first, second = (saved(folder, LAST)["params"]["conv1"]["kernel"] for folder, _ in alone)
     assert (np.asarray(first) != np.asarray(second)).any()
 
 
@@ -118,22 +103,13 @@ def test_figures_are_mean_deviation_and_each(both, alone):
 
 
 def test_stopped_and_resumed_is_bit_equal(both, data_dir, tmp_path, monkeypatch):
-    update = writers.Progress.update
-
-    def stop_then_update(self, record):
-        if record["step"] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        update(self, record)
-
-    monkeypatch.setattr(writers.Progress, "update", stop_then_update)
     config = tiny_config(data_dir)
-    with pytest.raises(Interrupted) as stop:
+    with stopped_at(2), pytest.raises(Interrupted) as stop:
         train_and_evaluate(config, tmp_path / "run")
     assert stop.value.step % 4
-    monkeypatch.undo()
     monkeypatch.setattr(parallel, "make_mesh", lambda: MAKE_MESH(jax.devices()[:2]))
     train_and_evaluate(config, tmp_path / "run")
-    ours, theirs = saved(tmp_path / "run"), saved(both[0])
+    ours, theirs = saved(tmp_path / "run", LAST), saved(both[0], LAST)
     for array, its_twin in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
         np.testing.assert_array_equal(array, its_twin)
     assert records(tmp_path / "run") == records(both[0])
@@ -162,9 +138,9 @@ def test_at_once_is_equal_to_rounding(alone, data_dir, tmp_path, monkeypatch, de
     config = tiny_config(data_dir)
     train_and_evaluate(config, tmp_path / "run")
     assert shards[-1] == ((1 if devices == 2 else 2), 128, 16)
-    together = saved(tmp_path / "run")
+    together = saved(tmp_path / "run", LAST)
     for index, (folder, _) in enumerate(alone):
-        ours, theirs = replicas.pick(together["params"], index), saved(folder)["params"]
+        ours, theirs = replicas.pick(together["params"], index), saved(folder, LAST)["params"]
         for array, its_twin in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
             difference = np.linalg.norm(np.asarray(array) - np.asarray(its_twin))
             assert difference <= 1e-3 * np.linalg.norm(np.asarray(its_twin)) + 1e-6

@@ -555,20 +555,6 @@ def test_failures_of_tfds_are_sentences(tmp_path, monkeypatch, error, message):
 
 # --- with and without TensorFlow ----------------------------------------------------------------
 
-HIDE_TENSORFLOW = """
-import importlib.machinery, importlib.util, sys
-
-class Hiding:
-    def find_spec(name, path=None, target=None):
-        if name.split(".")[0] in ("tensorflow", "tensorboard"):
-            return None
-        return importlib.machinery.PathFinder.find_spec(name, path, target)
-
-sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Hiding
-assert importlib.util.find_spec("tensorflow") is None
-sys.path.insert(0, {tests!r})
-"""
-
 
 def run_python(program, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
@@ -584,9 +570,9 @@ def run_python(program, tmp_path):
 
 
 def test_everything_works_without_tensorflow(tmp_path):
-    program = (
-        HIDE_TENSORFLOW
-        + f"""
+    program = f"""
+import sys; sys.path.insert(0, {{tests!r}})
+import hiding; hiding.hide_tensorflow()
 from pathlib import Path
 import test_sources, test_prepare_data
 from alexnet_jax.data import downloads, prepare
@@ -602,7 +588,6 @@ for name in ("pets", "digits"):
     print(len(images))
 assert not any(name.split(".")[0] == "tensorflow" for name in sys.modules)
 """
-    )
     assert run_python(program, tmp_path).split() == ["6", "1437"]
 
 

@@ -1,17 +1,15 @@
 """Fine-tuning: a run begins as the network of another one, and what does not fit is refused."""
 
 import json
-import os
 import shutil
-import signal
 from contextlib import closing
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
+from trained_run import saved, stopped_at
 
 from alexnet_jax import inference, parallel, run_folder, starting, writers
 from alexnet_jax.checkpoint import Checkpoints
@@ -194,12 +192,6 @@ def one_device(monkeypatch):
     monkeypatch.setattr(parallel, "make_mesh", lambda: MAKE_MESH(jax.devices()[:1]))
 
 
-def saved(folder, step):
-    manager = ocp.CheckpointManager((folder / "checkpoints").absolute())
-    restore = ocp.args.StandardRestore()
-    return manager.restore(step, args=ocp.args.Composite(params=restore, rest=restore))
-
-
 def test_a_fine_tuned_run_is_bit_equal_when_resumed(tmp_path, monkeypatch, one_device):
     """With frozen layers, crops, shifted colours and a rate that goes by the validation images."""
     two = {"features": (8, 8), "kernels": (3, 3), "strides": (1, 1), "pools": (True, True)}
@@ -228,7 +220,7 @@ def test_a_fine_tuned_run_is_bit_equal_when_resumed(tmp_path, monkeypatch, one_d
             same = (np.asarray(array) == np.asarray(begun.answering.params[name][key])).all()
             assert same == (not name.startswith("fc")), f"{name}/{key}"
     momenta = [
-        x for x in jax.tree.leaves(saved(tmp_path / "whole", 20).rest["opt_state"]) if x.ndim
+        x for x in jax.tree.leaves(saved(tmp_path / "whole", 20)["rest"]["opt_state"]) if x.ndim
     ]
     assert sum(x.size for x in momenta) == sum(
         x.size for name in ("fc1", "fc2", "logits") for x in ended.answering.params[name].values()
@@ -243,21 +235,11 @@ def test_a_fine_tuned_run_is_bit_equal_when_resumed(tmp_path, monkeypatch, one_d
     assert [r["learning_rate"] for r in records if r["split"] == "train"] == rates
     assert len(set(rates)) > 1, "nothing is tested unless it changes"
 
-    update = writers.Progress.update
-
-    def stop_then_update(self, record):
-        if record["step"] == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
-        update(self, record)
-
-    monkeypatch.setattr(writers.Progress, "update", stop_then_update)
     config.data.update({"resident": "off", "workers": 0})  # the same batches and colours
-    with pytest.raises(Interrupted):
+    with stopped_at(12), pytest.raises(Interrupted):
         train_and_evaluate(config, tmp_path / "again")
-    monkeypatch.setattr(writers.Progress, "update", update)
     monkeypatch.setattr(starting.inference, "load", None)  # the source is not needed any more
     train_and_evaluate(config, tmp_path / "again")
-    found = [saved(tmp_path / name, 20) for name in ("whole", "again")]
-    trees = [jax.tree.leaves({"params": each.params, "rest": each.rest}) for each in found]
+    trees = [jax.tree.leaves(saved(tmp_path / name, 20)) for name in ("whole", "again")]
     for one, other in zip(*trees, strict=True):
         np.testing.assert_array_equal(one, other)

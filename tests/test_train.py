@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from trained_run import records, saved, stopped_at
 
-from alexnet_jax import inference, parallel, steps, train, writers
+from alexnet_jax import inference, parallel, steps, train
 from alexnet_jax.config import default_config, flatten
 from alexnet_jax.data import resident
 from alexnet_jax.data.sources import Source, load_source
@@ -71,23 +73,8 @@ def tiny_config(data_dir):
     return config
 
 
-def records(folder, *, timeless=True):
-    found = writers.read_metrics(folder / "metrics.jsonl")
-    if timeless:
-        for record in found:
-            record.pop("images_per_second", None)
-    return found
-
-
-def saved_arrays(folder, step):
-    handler = ocp.CheckpointManager((folder / "checkpoints").absolute())
-    restore = ocp.args.StandardRestore()
-    found = handler.restore(step, args=ocp.args.Composite(params=restore, rest=restore))
-    return jax.tree.leaves({"params": found.params, "rest": found.rest})
-
-
 def assert_same_run(one, other, step):
-    arrays, others = saved_arrays(one, step), saved_arrays(other, step)
+    arrays, others = (jax.tree.leaves(saved(folder, step)) for folder in (one, other))
     assert len(arrays) > 40
     for array, its_twin in zip(arrays, others, strict=True):
         np.testing.assert_array_equal(array, its_twin)
@@ -251,24 +238,13 @@ def test_the_test_set_is_read_once_and_last(whole_run, read_and_measured):
         (14, {"data.resident": "off", "data.workers": 0}),
     ],
 )
-def test_stopped_by_sigterm_and_resumed_is_bit_equal(
-    whole_run, config, tmp_path, monkeypatch, stop_at, changes
-):
+def test_stopped_by_sigterm_and_resumed_is_bit_equal(whole_run, config, tmp_path, stop_at, changes):
     """To the run that is saved between epochs only, and whose images lie on the devices."""
     config.update_from_flattened_dict(changes)
-    update = writers.Progress.update
-
-    def stop_then_update(self, record):
-        if record["step"] == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        update(self, record)
-
-    monkeypatch.setattr(writers.Progress, "update", stop_then_update)
-    with pytest.raises(Interrupted) as stop:
+    with stopped_at(stop_at), pytest.raises(Interrupted) as stop:
         train_and_evaluate(config, tmp_path / "run")
     assert stop.value.step % 10  # in the middle of an epoch
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    monkeypatch.undo()
     train_and_evaluate(config, tmp_path / "run")
     assert_same_run(whole_run[0], tmp_path / "run", 30)
 
@@ -416,7 +392,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(config, tmp_pa
     monkeypatch.setattr(train, "create_schedule", lambda *_: suddenly_large)
     with pytest.raises(Diverged, match=r"at step 1\d, with a learning rate of 1e\+22"):
         train_and_evaluate(config, tmp_path / "run")
-    for array in saved_arrays(tmp_path / "run", 10):
+    for array in jax.tree.leaves(saved(tmp_path / "run", 10)):
         if array.dtype == np.float32:
             assert np.isfinite(array).all()
 
@@ -623,18 +599,10 @@ def test_the_first_step_waits_for_nothing_that_it_does_not_need(tmp_path):
 
 def test_import_and_run_without_tensorflow(tmp_path):
     code = """
-        import importlib.machinery, sys
-        class Hiding:
-            "Finds every module but TensorFlow's, as if it were not installed."
-            @staticmethod
-            def find_spec(name, path=None, target=None):
-                if name.split(".")[0] in ("tensorflow", "tensorboard"):
-                    return None
-                return importlib.machinery.PathFinder.find_spec(name, path, target)
-            find_distributions = importlib.machinery.PathFinder.find_distributions
-            invalidate_caches = staticmethod(lambda: None)
-        finders = sys.meta_path
-        finders[finders.index(importlib.machinery.PathFinder)] = Hiding
+        import sys
+        sys.path.insert(0, sys.argv.pop(1))
+        import hiding
+        hiding.hide_tensorflow()
         import alexnet_jax
         from alexnet_jax import main
         sys.argv = ["main", *sys.argv[1:]]
@@ -648,7 +616,7 @@ def test_import_and_run_without_tensorflow(tmp_path):
         "--config.model.hidden=(8,8)",
         *SMALL,
     ]
-    done = run_python(code, *changes)
+    done = run_python(code, Path(__file__).parent, *changes)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("for want of tensorflow and tensorboard") == 1
     assert (tmp_path / "run" / "results.json").exists()
