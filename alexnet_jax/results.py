@@ -19,6 +19,7 @@ from alexnet_jax.report import figures, measures
 
 # What may differ between the runs of a row.
 _SEED_KEYS = ("seed", "num_seeds")
+_MOST_ROWS = 100  # of a config file that takes the number of one, as configs/ablation.py does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,17 +316,21 @@ def command(run: Run, name: str, configs: Path | None = None) -> str:
     folder = configs or Path(__file__).parents[1] / "configs"
     candidates = []
     for path in sorted(folder.glob("*.py")):
-        try:
-            options = dict(flatten(command_line.load_config(str(path))))
-        except InputError:  # a file that is no config, or needs an argument
-            continue
-        if options.keys() == run.options.keys():
-            changed = {
-                key: value
-                for key, value in run.options.items()
-                if _plain(value) != _plain(options[key]) and key not in FREE_KEYS | set(_SEED_KEYS)
-            }
-            candidates.append((len(changed), path.name, changed))
+        for argument in ("", *map(":{}".format, range(_MOST_ROWS))):
+            try:
+                options = dict(flatten(command_line.load_config(f"{path}{argument}")))
+            except InputError:  # a file that is no config, or takes no number, or not this one
+                if argument:
+                    break
+                continue
+            if options.keys() == run.options.keys():
+                changed = {
+                    key: value
+                    for key, value in run.options.items()
+                    if _plain(value) != _plain(options[key])
+                    and key not in FREE_KEYS | set(_SEED_KEYS)
+                }
+                candidates.append((len(changed), f"{path.name}{argument}", changed))
     if not candidates:
         return "python -m alexnet_jax.main (with options that no config file here has)"
     _, file, changed = min(candidates, key=lambda candidate: candidate[:2])

@@ -138,6 +138,13 @@ def test_the_command_names_the_nearest_config_and_what_differs(tmp_path):
         '--config.model.features="(8,8,8,8,8)" --config.train.epochs=3 '
         "--workdir=runs/three"
     )
+    config = program("configs", "ablation").get_config("3")
+    config.train.epochs = 5
+    run = read_run(make_run(tmp_path / "row", (0.9,), config=config))
+    assert command(run, "03-small") == (
+        "python -m alexnet_jax.main --config=configs/ablation.py:3 --config.train.epochs=5 "
+        "--workdir=runs/03-small"
+    )
     (tmp_path / "common.py").write_text("SHARED = 1")  # beside configs, and none itself
     assert "with options that no config file here has" in command(run, "three", tmp_path)
 
