@@ -86,7 +86,9 @@ def _report(prepared: prepare.Prepared, data_dir: str) -> str:
         f"  {len(names)} classes: {shown}",
     ]
     if prepared.ignored:
-        lines.append(f"  {prepared.ignored:,} files ignored: no images, or outside the classes")
+        lines.append(
+            f"  {prepared.ignored:,} files ignored: no images, links, or outside the classes"
+        )
     train = ["python", "-m", "alexnet_jax.main", "--config=configs/cifar10.py"]
     if prepared.name != "cifar10":  # whose run folder is that config's by default
         train += [f"--config.data.name={prepared.name}", f"--workdir=runs/{prepared.name}"]

@@ -178,10 +178,22 @@ def test_links_and_devices_are_skipped(tmp_path):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "/etc/passwd"
             tar.addfile(member)
-    assert len(trees.find_layout(path, 0.2).splits["train"]) == 6
+    found = trees.find_layout(path, 0.2)
+    assert (len(found.splits["train"]), found.ignored) == (6, 2)
     folder = write_folder(tmp_path / "folder", tree_files())
     (folder / "train/cat/l.png").symlink_to("/etc/passwd")
-    assert len(trees.find_layout(folder, 0.2).splits["train"]) == 6
+    (folder / "train/bird").symlink_to(folder / "train/cat")
+    found = trees.find_layout(folder, 0.2)
+    assert (len(found.splits["train"]), found.ignored) == (6, 2)
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "cat").symlink_to(folder / "train/cat")
+    with pytest.raises(InputError, match=r"no class folder .* were not followed \(1\); copy"):
+        trees.find_layout(links, 0.2)
+    (links / "dog").mkdir()
+    (links / "dog" / "0.png").symlink_to(folder / "train/dog/0.png")
+    with pytest.raises(InputError, match=r"dog of .* holds no image; .* were not followed \(2"):
+        trees.find_layout(links, 0.2)
 
 
 def test_members_outside_the_archive_write_nothing(tmp_path):

@@ -176,7 +176,8 @@ class ClassFolders(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         }
 
     def _generate_examples(self, split: str, labels: Mapping[str, str]) -> Examples:
-        chosen = (entry for entry in trees.walk(self._layout.path) if entry.name in labels)
+        entries = trees.walk(self._layout.path)
+        chosen = (entry for entry in entries if entry.read and entry.name in labels)
         for entry in bar(chosen, len(labels), split, self._progress):
             with trees.readable(self._layout.path):
                 data = entry.read()

@@ -44,7 +44,7 @@ class Prepared:
         folder: Where it lies.
         splits: Number of images in each split.
         class_names: By label.
-        ignored: Files of the input that were left out, being no images or outside the classes.
+        ignored: Files of the input that were left out: no images, links, or outside the classes.
         is_new: Whether it was prepared now; False if it lay there already.
     """
 

@@ -57,17 +57,18 @@ ARCHIVE_SUFFIXES = frozenset({".tar", ".zip", *_OPENERS})
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A folder or a regular file of a tree.
+    """A folder or a file of a tree.
 
     Attributes:
         name: Its path below the root, with forward slashes.
         is_folder: Whether it is a folder.
-        read: Returns the file's bytes; valid only until the walk goes on.
+        read: Returns the file's bytes; valid only until the walk goes on. None of what is no
+            regular file: links, which may lead anywhere, devices and pipes.
     """
 
     name: str
     is_folder: bool
-    read: Callable[[], bytes]
+    read: Callable[[], bytes] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Layout:
         path: The folder or archive.
         class_names: Sorted.
         splits: For each split, the class of every image by the image's path in the tree.
-        ignored: How many files are no images or lie outside the class folders.
+        ignored: How many files are no images, no regular files, or outside the class folders.
     """
 
     path: Path
@@ -105,13 +106,15 @@ def find_layout(path: Path, test_fraction: float, *, progress: bool = False) -> 
     """
     folders: set[PurePosixPath] = set()
     files: dict[PurePosixPath, str] = {}
-    ignored = 0
+    ignored = links = 0
     hidden = None if progress else True
     for entry in tqdm(walk(path), f"Listing {path.name}", unit="file", disable=hidden):
         place = PurePosixPath(entry.name)
         folders.update(place.parents)
         if entry.is_folder:
             folders.add(place)
+        elif entry.read is None:
+            links += 1
         elif place.suffix.lower() not in IMAGE_SUFFIXES:
             ignored += 1
         elif place in files:
@@ -120,7 +123,10 @@ def find_layout(path: Path, test_fraction: float, *, progress: bool = False) -> 
             files[place] = entry.name
 
     roots = _split_roots(_below_common_top(folders, files), folders, files)
-    splits = {split: _classes_below(root, folders, files, path) for split, root in roots.items()}
+    copy = f" Links in it were not followed ({links:,}); copy what they name." if links else ""
+    splits = {
+        split: _classes_below(root, folders, files, path, copy) for split, root in roots.items()
+    }
     class_names = tuple(sorted(splits[_TRAIN]))
     for split, classes in splits.items():
         for name in sorted(set(classes) - set(class_names)):
@@ -134,7 +140,7 @@ def find_layout(path: Path, test_fraction: float, *, progress: bool = False) -> 
             )
     if len(class_names) < 2:
         found = f"only the class folder {class_names[0]}" if class_names else "no class folder"
-        raise InputError(f"{path} holds {found} with images; at least two are needed.")
+        raise InputError(f"{path} holds {found} with images; at least two are needed.{copy}")
     if len(splits) == 1:
         splits = _hold_out(splits[_TRAIN], test_fraction)
     labels = {
@@ -145,14 +151,14 @@ def find_layout(path: Path, test_fraction: float, *, progress: bool = False) -> 
         raise InputError(
             f"{path} has too few images for a test split of {test_fraction}; raise --test_fraction."
         )
-    ignored += len(files) - sum(map(len, labels.values()))
+    ignored += links + len(files) - sum(map(len, labels.values()))
     return Layout(path, class_names, labels, ignored)
 
 
 def walk(path: Path) -> Iterator[Entry]:
-    """Yields the folders and regular files of a tree, in an order that does not change.
+    """Yields the folders and files of a tree, in an order that does not change.
 
-    Links, devices, hidden entries and what macOS adds to archives are left out.
+    Hidden entries and what macOS adds to archives are left out.
 
     Args:
         path: A folder, or a tar or zip archive.
@@ -251,11 +257,15 @@ def _walk_folder(path: Path) -> Iterator[Entry]:
         folders.sort()
         place = Path(folder).relative_to(path)
         yield Entry(place.as_posix(), True, bytes)
-        for name in sorted(files):
+        linked = [name for name in folders if Path(folder, name).is_symlink()]  # not walked into
+        for name in sorted(files + linked):
             file = Path(folder, name)
             status = file.lstat()
+            inside = (place / name).as_posix()
             if stat.S_ISREG(status.st_mode):
-                yield _file_entry((place / name).as_posix(), status.st_size, file.read_bytes)
+                yield _file_entry(inside, status.st_size, file.read_bytes)
+            else:
+                yield Entry(inside, False, None)
 
 
 def _walk_tar(path: Path) -> Iterator[Entry]:
@@ -275,6 +285,8 @@ def _walk_tar(path: Path) -> Iterator[Entry]:
                     content = tar.extractfile(member)
                     assert content is not None  # It is a regular file.
                     yield _file_entry(_inside(member.name), member.size, content.read)
+                else:
+                    yield Entry(_inside(member.name), False, None)
         # The compressor's checksum stands at the very end.
         while file.read(2**20):
             pass
@@ -300,6 +312,8 @@ def _walk_zip(path: Path) -> Iterator[Entry]:
             elif kind in (0, stat.S_IFREG):
                 read = _zip_reader(archive, member)
                 yield _file_entry(_inside(member.filename), member.file_size, read)
+            else:
+                yield Entry(_inside(member.filename), False, None)
 
 
 def _zip_reader(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callable[[], bytes]:
@@ -383,6 +397,7 @@ def _classes_below(
     folders: set[PurePosixPath],
     files: Mapping[PurePosixPath, str],
     path: Path,
+    advice: str,
 ) -> dict[str, list[str]]:
     """Lists the images of each class folder of one split."""
     depth = len(root.parts)
@@ -393,7 +408,7 @@ def _classes_below(
     for folder in _children(root, folders):
         if folder.name not in classes:
             raise InputError(
-                f"The class folder {folder} of {path} holds no image; fill or remove it."
+                f"The class folder {folder} of {path} holds no image; fill or remove it.{advice}"
             )
     return classes
 
