@@ -5,8 +5,9 @@ python -m alexnet_jax.main --config=configs/cifar10_best.py
 The default (configs/cifar10.py says why) with wider layers, and Muon for their kernels. The frozen
 convolution that whitens the patches is measured, not trained, and not counted among the 5.
 
-Not yet measured on the test set: docs/results.md says how it will be. On the JPEG copy one seed,
-trained on 45,000 images, had 89.50% of the 5,000 validation images right, 91.04% with views.
+On the JPEG copy (--config.data.name=cifar10_jpeg), trained on all 50,000 images, seeds 0, 1 and 2:
+89.90% of the test images (standard deviation 0.15), 90.98% (0.22) with views, after 52 minutes of
+training on one core of an AMD EPYC with AVX-512. docs/results.md has the rest.
 """
 
 from ml_collections import ConfigDict
