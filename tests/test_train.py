@@ -537,7 +537,9 @@ def test_a_batch_that_devices_cannot_share_is_refused(config, tmp_path, monkeypa
 
 def test_the_log_and_the_report_tell_of_the_same_answers(tmp_path, caplog):
     """Class by class: those for plain images, where several views were measured, too."""
-    (tmp_path / "dataset.json").write_text(json.dumps({"class_names": ["a", "b"]}))
+    info = {"class_names": ["a", "b"], "image_shape": [8, 8, 3]}
+    info |= {"mean": [0.5] * 3, "deviation": [0.2] * 3}
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
     results = {"step": 1, "epochs": 1, "train_seconds": 1.0}
     for split, right in (("test", 3), ("test_tta", 4)):
         confusion = [[right, 4 - right], [0, 4]]
