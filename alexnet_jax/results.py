@@ -1,6 +1,7 @@
 """What finished runs amount to: mean, deviation and confidence over seeds, as a table."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -313,24 +314,15 @@ def command(run: Run, name: str, configs: Path | None = None) -> str:
             for the config as it is.
         configs: Folder of the config files; None is the project's.
     """
-    folder = configs or Path(__file__).parents[1] / "configs"
     candidates = []
-    for path in sorted(folder.glob("*.py")):
-        for argument in ("", *map(":{}".format, range(_MOST_ROWS))):
-            try:
-                options = dict(flatten(command_line.load_config(f"{path}{argument}")))
-            except InputError:  # a file that is no config, or takes no number, or not this one
-                if argument:
-                    break
-                continue
-            if options.keys() == run.options.keys():
-                changed = {
-                    key: value
-                    for key, value in run.options.items()
-                    if _plain(value) != _plain(options[key])
-                    and key not in FREE_KEYS | set(_SEED_KEYS)
-                }
-                candidates.append((len(changed), f"{path.name}{argument}", changed))
+    for file, options in _config_files(configs or Path(__file__).parents[1] / "configs").items():
+        if options.keys() == run.options.keys():
+            changed = {
+                key: value
+                for key, value in run.options.items()
+                if _plain(value) != _plain(options[key]) and key not in FREE_KEYS | set(_SEED_KEYS)
+            }
+            candidates.append((len(changed), file, changed))
     if not candidates:
         return "python -m alexnet_jax.main (with options that no config file here has)"
     _, file, changed = min(candidates, key=lambda candidate: candidate[:2])
@@ -343,6 +335,22 @@ def command(run: Run, name: str, configs: Path | None = None) -> str:
     if flags:
         flags.append(shlex.quote(f"--workdir=runs/{name}"))
     return " ".join(["python -m alexnet_jax.main", f"--config=configs/{file}", *flags])
+
+
+@functools.cache  # every row of a table is compared with all of them
+def _config_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns the options of each config file, and of each row of one that takes its number."""
+    found = {}
+    for path in sorted(folder.glob("*.py")):
+        for argument in ("", *map(":{}".format, range(_MOST_ROWS))):
+            try:
+                config = command_line.load_config(f"{path}{argument}")
+            except InputError:  # a file that is no config, or takes no number, or not this one
+                if argument:
+                    break
+            else:
+                found[f"{path.name}{argument}"] = dict(flatten(config))
+    return found
 
 
 def _flag(value: Any) -> str:
