@@ -254,17 +254,21 @@ def _check_config(folder: Path, config: ConfigDict) -> None:
         # New, or begun and ended by a mistake before the first step: free to be another run.
         write_json(folder / CONFIG, now)
         return
-    if gone := sorted(before.keys() - now.keys()):
+    try:
+        known = _options(default_config(before.get("model.name")))
+    except InputError:  # a network that this version does not have, and so another one
+        known = before
+    if gone := sorted(before.keys() - known.keys()):
         raise InputError(
             f"{folder} holds a run of another version, whose config has {', '.join(gone)}; go on "
             "with the code that wrote it, or start anew with another --workdir."
         )
     # An option that is newer than the run has its default, which is what the run did without it.
-    then = _options(default_config(config.model.name)) | before
+    then = known | before
     differing = [
-        f"{key} was {then[key]!r} and is {now[key]!r}"
-        for key in sorted(now)
-        if then[key] != now[key] and key not in FREE_KEYS
+        f"{key} was {then.get(key, 'absent')!r} and is {now.get(key, 'absent')!r}"
+        for key in sorted(then.keys() | now.keys())  # each network has its own
+        if then.get(key) != now.get(key) and key not in FREE_KEYS
     ]
     if differing:
         raise InputError(

@@ -106,6 +106,17 @@ def test_a_newer_option_had_its_default(tmp_path):
     assert read_json(tmp_path / "config.json")["train.ema_decay"] == 0.0
 
 
+@pytest.mark.parametrize("name", ["resnet", "of another version"])
+def test_another_network_is_another_config(tmp_path, name):
+    options = dict(flatten(default_config("resnet"))) | {"model.name": name}
+    write_json(tmp_path / "config.json", json.loads(json.dumps(options)))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    message = refusal(tmp_path, config())
+    assert f"model.name was '{name}' and is 'alexnet'" in message
+    assert "model.width was 64 and is 'absent'" in message
+    assert "Give the old values to go on" in message
+
+
 def test_an_option_that_is_gone_is_refused(tmp_path):
     open_once(tmp_path, config())
     (tmp_path / "metrics.jsonl").write_text("{}\n")

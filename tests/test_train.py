@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from trained_run import records, saved, stopped_at
 
@@ -197,13 +196,10 @@ def test_results_are_those_of_the_checkpoint(whole_run, config):
     folder, results = whole_run
     info = json.loads((folder / "dataset.json").read_text())
     images, labels = load_source(config.data, "test").read_all()
-    found = ocp.CheckpointManager((folder / "checkpoints").absolute()).restore(
-        30,
-        args=ocp.args.Composite(params=ocp.args.StandardRestore(), rest=ocp.args.StandardRestore()),
-    )
+    found = saved(folder, 30)
     scaled = (images / 255 - np.array(info["mean"])) / np.array(info["deviation"])
     model = train.create_model(config.model, 10)
-    variables = {"params": found.params, **found.rest["model_state"]}
+    variables = {"params": found["params"], **found["rest"]["model_state"]}
     logits = model.apply(variables, scaled.astype(np.float32), train=False)
     assert np.mean(np.argmax(logits, -1) == labels) == pytest.approx(results["test"]["accuracy"])
 
