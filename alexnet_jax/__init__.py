@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from alexnet_jax.inference import Network
+    from alexnet_jax.inference.predictor import Network
 
 __all__ = ["load"]
 
@@ -32,11 +32,11 @@ def load(
         seed: Whose network, of a run of many seeds; None is the first.
 
     Returns:
-        The network; `alexnet_jax.inference.Network` says what it can do.
+        The network; `alexnet_jax.inference.predictor.Network` says what it can do.
 
     Raises:
         InputError: The folder holds no such network, or a damaged one.
     """
-    from alexnet_jax import inference  # imports JAX, which takes seconds
+    from alexnet_jax.inference import predictor  # imports JAX, which takes seconds
 
-    return inference.load(run, checkpoint=checkpoint, averaged=averaged, seed=seed)
+    return predictor.load(run, checkpoint=checkpoint, averaged=averaged, seed=seed)

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax.data.views import VIEWS
+from alexnet_jax.data.tta import VIEWS
 from alexnet_jax.errors import InputError, show
 from alexnet_jax.models import check_model, model_options
 from alexnet_jax.ops import SWITCH
-from alexnet_jax.optimizers import check_patterns
+from alexnet_jax.optim.optimizers import check_patterns
 
 
 def default_config(model: str = "alexnet") -> ConfigDict:

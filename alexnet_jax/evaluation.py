@@ -8,21 +8,22 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import ops, parallel, replicas, steps
+from alexnet_jax import ops, steps
 from alexnet_jax.config import validate
-from alexnet_jax.data import batches
-from alexnet_jax.data.resident import load_split
-from alexnet_jax.data.views import Views, create_views
+from alexnet_jax.data import sampling
+from alexnet_jax.data.load import load_split
+from alexnet_jax.data.tta import Views, create_views
+from alexnet_jax.distributed import replicas, sharding
 from alexnet_jax.errors import InputError, show
-from alexnet_jax.inference import Network
+from alexnet_jax.inference.predictor import Network
 from alexnet_jax.metrics import EvalMetrics
 from alexnet_jax.state import TrainState
 
-Measure = Callable[[batches.Batch], EvalMetrics]
+Measure = Callable[[sampling.Batch], EvalMetrics]
 
 
 def evaluate(
-    measures: dict[str, Measure], batched: Iterable[batches.Batch]
+    measures: dict[str, Measure], batched: Iterable[sampling.Batch]
 ) -> dict[str, dict[str, Any]]:
     """Measures networks on every image, which is read once for all of them.
 
@@ -46,7 +47,7 @@ def evaluate(
 
 
 def measures_of(
-    programs: dict[str, Callable[[TrainState, batches.Batch], EvalMetrics]],
+    programs: dict[str, Callable[[TrainState, sampling.Batch], EvalMetrics]],
     state: TrainState,
     split: str,
 ) -> dict[str, Measure]:
@@ -114,7 +115,7 @@ def evaluate_network(
     if views is not None:
         config.test.views = views
     validate(config)
-    mesh = parallel.make_mesh()
+    mesh = sharding.make_mesh()
     opened = load_split(config, mesh, split)
     if opened.class_names != network.class_names:
         raise InputError(_other_classes(config.data.name, opened.class_names, network))
@@ -132,7 +133,7 @@ def evaluate_network(
         looks["_tta"] = several
     module = network.module.clone(ops=chosen)
     programs = {
-        suffix: parallel.compile_reading(
+        suffix: sharding.compile_reading(
             functools.partial(
                 steps.eval_step, model=module, normalize=network.normalize, views=each
             ),
@@ -140,7 +141,7 @@ def evaluate_network(
         )
         for suffix, each in looks.items()
     }
-    state = jax.device_put(network.state, parallel.replicated(mesh))
+    state = jax.device_put(network.state, sharding.replicated(mesh))
     return Evaluation(
         data=config.data.name,
         split=split,

@@ -7,22 +7,25 @@ import logging
 import shlex
 import sys
 
-from alexnet_jax import programs
+from alexnet_jax.cli import common
 from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
 
 
-@programs.entry_point()
+@common.entry_point()
 def run() -> int:
     """Runs what the command line asks for, and returns the exit code."""
     # Imports take seconds: here Ctrl-C ends them as it ends the rest.
-    from alexnet_jax import command_line, processes, runtime, writers
+    from alexnet_jax import environment
+    from alexnet_jax.cli import command_line
+    from alexnet_jax.distributed import processes
+    from alexnet_jax.run import writers
 
     again = shlex.join(["python", "-m", "alexnet_jax.main", *sys.argv[1:]])
     process = 0  # the first speaks for all
     try:
         config, workdir, flags = command_line.parse(sys.argv)
         writers.log_to_terminal()
-        notes = runtime.prepare()
+        notes = environment.prepare()
         with processes.joined(flags) as process:
             if process:
                 writers.log_to_terminal(level=logging.WARNING)
@@ -31,7 +34,7 @@ def run() -> int:
             train_and_evaluate(config, workdir, notes)
     except (InputError, Diverged, SaveFailed) as error:
         if process:
-            return programs.exit_code(error)
+            return common.exit_code(error)
         raise
     except Interrupted as stop:
         if not process:
@@ -41,10 +44,10 @@ def run() -> int:
                 f"{others if flags.num_processes is not None else ''}",
                 file=sys.stderr,
             )
-        return programs.EXIT_INTERRUPTED
+        return common.EXIT_INTERRUPTED
     except KeyboardInterrupt:
         print(f"\nStopped; nothing saved is lost. To go on:\n  {again}", file=sys.stderr)
-        return programs.EXIT_CTRL_C
+        return common.EXIT_CTRL_C
     return 0
 
 

@@ -16,8 +16,8 @@ from flax import linen as nn
 from jax import Array
 
 from alexnet_jax.data.augment import Augment, Normalize, alternating_flip
-from alexnet_jax.data.batches import Batch, Dataset, epoch_order, take_batch
-from alexnet_jax.data.views import Views
+from alexnet_jax.data.sampling import Batch, Dataset, epoch_order, take_batch
+from alexnet_jax.data.tta import Views
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics, over_devices
 from alexnet_jax.state import TrainState
 

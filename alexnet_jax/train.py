@@ -19,36 +19,29 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from alexnet_jax import (
-    checksums,
-    ops,
-    parallel,
-    processes,
-    replicas,
-    report,
-    run_folder,
-    starting,
-    steps,
-    writers,
-)
-from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax import ops, steps
+from alexnet_jax.checkpoint import checksums, initialize_from
+from alexnet_jax.checkpoint.manager import Checkpoints
 from alexnet_jax.config import input_size, validate
-from alexnet_jax.data import augment, batches, streamed
-from alexnet_jax.data.resident import RunData, load_data
-from alexnet_jax.data.views import Views, create_views
+from alexnet_jax.data import augment, sampling, streaming
+from alexnet_jax.data.load import RunData, load_data
+from alexnet_jax.data.tta import Views, create_views
+from alexnet_jax.distributed import processes, replicas, sharding
+from alexnet_jax.distributed.preemption import stop_requests
 from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
 from alexnet_jax.evaluation import evaluate, measures_of
-from alexnet_jax.interrupts import stop_requests
+from alexnet_jax.experiments import report
+from alexnet_jax.experiments.report import inputs
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
 from alexnet_jax.models import create_model, describe, measure_fixed
-from alexnet_jax.optimizers import (
+from alexnet_jax.optim.optimizers import (
     after_validation,
     create_optimizer,
     create_schedule,
     muon_share,
     plateau_factor,
 )
-from alexnet_jax.report import evidence
+from alexnet_jax.run import directory, writers
 from alexnet_jax.state import TrainState, create_state, find_not_finite
 
 log = logging.getLogger(__name__)
@@ -64,8 +57,10 @@ class Programs(NamedTuple):
     create: Callable[..., TrainState]  # not compiled: also evaluated for its shapes alone
     fixed: Callable[[], dict[str, Any]]  # what `create` takes that is measured on the images
     advance: Callable[[int], Callable[..., tuple[TrainState, TrainMetrics]]]  # by number of steps
-    measure: dict[str, Callable[[TrainState, batches.Batch], EvalMetrics]]  # by suffix of the split
-    judge: Callable[[TrainState, batches.Batch], tuple[EvalMetrics, dict[str, jax.Array]]]
+    measure: dict[
+        str, Callable[[TrainState, sampling.Batch], EvalMetrics]
+    ]  # by suffix of the split
+    judge: Callable[[TrainState, sampling.Batch], tuple[EvalMetrics, dict[str, jax.Array]]]
     validated: Callable[[TrainState, np.ndarray], TrainState]  # by the validation accuracy
     placement: NamedSharding  # of the state
 
@@ -80,7 +75,7 @@ def train_and_evaluate(
 
     Args:
         config: As `alexnet_jax.config.default_config` makes it.
-        workdir: The run folder; see `alexnet_jax.run_folder`.
+        workdir: The run folder; see `alexnet_jax.run.directory`.
         notes: Sentences for the log, on how the program was set up.
 
     Returns:
@@ -94,21 +89,21 @@ def train_and_evaluate(
         SaveFailed: The end of the run could not be saved.
         Interrupted: SIGINT or SIGTERM came, and the run has been saved.
     """
-    mesh = parallel.make_mesh()
+    mesh = sharding.make_mesh()
     first = jax.process_index() == 0
     with ExitStack() as closing_all:
         with processes.together():
             validate(config)
-            parallel.check_batch_size(config.train.batch_size, mesh.size)
+            sharding.check_batch_size(config.train.batch_size, mesh.size)
             folder = (
-                closing_all.enter_context(run_folder.open_run_folder(Path(workdir), config))
+                closing_all.enter_context(directory.open_run_folder(Path(workdir), config))
                 if first
                 else Path(workdir).expanduser().absolute()
             )
-        processes.same_everywhere(run_folder.fixed_options(config), "the config")
+        processes.same_everywhere(directory.fixed_options(config), "the config")
         with processes.together():
-            run_folder.check_shared(folder)
-            results = run_folder.read_json(folder / run_folder.RESULTS)
+            directory.check_shared(folder)
+            results = directory.read_json(folder / directory.RESULTS)
         if first:
             closing_all.enter_context(writers.log_to_file(folder / "log.txt"))
         for note in notes:
@@ -129,10 +124,10 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     first = jax.process_index() == 0
     with processes.together():
         data = load_data(config, mesh)
-        start = starting.open_start(config, folder)
+        start = initialize_from.open_start(config, folder)
         data = data._replace(info=data.info | start.info)
         if first:
-            run_folder.check_dataset(folder, data.info)
+            directory.check_dataset(folder, data.info)
     processes.same_everywhere(data.info, "the data set")
     # By the memory of each, unless config.data.resident says so; the programs would not meet.
     processes.same_everywhere(data.resident, "which of the images fit into the memory")
@@ -145,7 +140,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     programs = _build(config, model, schedule, data, mesh)
     with ExitStack() as closing_all:
         checkpoints = closing_all.enter_context(
-            closing(Checkpoints(folder / run_folder.CHECKPOINTS))
+            closing(Checkpoints(folder / directory.CHECKPOINTS))
         )
         closing_all.enter_context(processes.nobody_left_waiting())  # not even by closing
         with processes.together():
@@ -161,8 +156,8 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
             log.info("%s", share)
         with processes.together():
             if first:
-                evidence.write_environment(
-                    folder, str(description), parallel.hardware(mesh), jax.process_count()
+                inputs.write_environment(
+                    folder, str(description), sharding.hardware(mesh), jax.process_count()
                 )
         log.info(
             "Training on %s images, %s steps of %d an epoch, %d epochs, on %d %s%s.",
@@ -191,10 +186,10 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
             results["best_step"] = checkpoints.best_step
             with processes.together():
                 if first:
-                    evidence.write_evidence(
+                    inputs.write_evidence(
                         folder,
                         answers,
-                        samples=data.examples(evidence.SAMPLES),
+                        samples=data.examples(inputs.SAMPLES),
                         augment=_changed_as_in_training(config, data),
                         variables=_reported(state, config.num_seeds).variables,
                         seed=config.seed,
@@ -204,16 +199,16 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         if first:
             if not writer.complete:
                 raise SaveFailed(
-                    f"{folder / run_folder.METRICS} could not be completed; mend that and give "
+                    f"{folder / directory.METRICS} could not be completed; mend that and give "
                     "the same command again."
                 )
-            records = writers.read_metrics(folder / run_folder.METRICS)
+            records = writers.read_metrics(folder / directory.METRICS)
             title = f"{config.model.name} on {config.data.name}: {folder.name}"
             report.plot_curves(records, folder / "curves.png", title)
             if not stopped:
                 # One of these results does not exist yet, whatever an earlier end has left.
-                (folder / run_folder.REPORT).unlink(missing_ok=True)
-                run_folder.write_json(folder / run_folder.RESULTS, results)
+                (folder / directory.REPORT).unlink(missing_ok=True)
+                directory.write_json(folder / directory.RESULTS, results)
     if stopped:
         raise Interrupted(state.steps_taken)
     return results
@@ -243,44 +238,44 @@ def _build(
         ema_decay=config.train.ema_decay,
     )
 
-    count, in_turn = config.num_seeds, parallel.on_cpu(mesh)
+    count, in_turn = config.num_seeds, sharding.on_cpu(mesh)
     if count > 1:
         log.info(
             "%d seeds from %d on, %s.", count, config.seed, "in turn" if in_turn else "all at once"
         )
-    streams = isinstance(data.train, streamed.StreamedDataset)
+    streams = isinstance(data.train, streaming.StreamedDataset)
     if count > 1 and streams:
         raise InputError(
             f"config.num_seeds is {count}, and the images are streamed, in one order; many seeds "
             "need them on the devices (config.data.resident), or a run each."
         )
     if streams:
-        compiled = parallel.compile_update(one_step, mesh)
+        compiled = sharding.compile_update(one_step, mesh)
 
     @functools.cache
     def advance(num_steps: int) -> Callable[..., tuple[TrainState, TrainMetrics]]:
         if streams:
-            return functools.partial(streamed.advance, step_fn=compiled, num_steps=num_steps)
+            return functools.partial(streaming.advance, step_fn=compiled, num_steps=num_steps)
         whole = count > 1 and replicas.spread(count, mesh)  # a batch on one device
         several = functools.partial(
             steps.train_steps,
             step_fn=one_step,
             num_steps=num_steps,
             batch_size=config.train.batch_size,
-            constrain=(lambda batch: batch) if whole else parallel.split_batch(mesh),
-            unroll=parallel.on_cpu(mesh),
+            constrain=(lambda batch: batch) if whole else sharding.split_batch(mesh),
+            unroll=sharding.on_cpu(mesh),
         )
         if count > 1:
             return replicas.compile_update(several, count, mesh, in_turn=in_turn)
-        return parallel.compile_update(several, mesh)
+        return sharding.compile_update(several, mesh)
 
-    def measure(views: Views | None) -> Callable[[TrainState, batches.Batch], EvalMetrics]:
+    def measure(views: Views | None) -> Callable[[TrainState, sampling.Batch], EvalMetrics]:
         step = functools.partial(steps.eval_step, model=model, normalize=normalize, views=views)
         if count > 1:
             return replicas.compile_reading(step, count, mesh, in_turn=in_turn)
-        return parallel.compile_reading(step, mesh)
+        return sharding.compile_reading(step, mesh)
 
-    placement = replicas.state_sharding(count, mesh) if count > 1 else parallel.replicated(mesh)
+    placement = replicas.state_sharding(count, mesh) if count > 1 else sharding.replicated(mesh)
 
     def create(
         fixed: Mapping[str, Any] | None = None, begin: Mapping[str, Any] | None = None
@@ -308,7 +303,7 @@ def _build(
         ),
         advance=advance,
         measure=measures,
-        judge=parallel.compile_reading(
+        judge=sharding.compile_reading(
             functools.partial(steps.judge_step, model=model, normalize=normalize), mesh
         ),
         validated=_compile_validated(config, placement),
@@ -349,7 +344,7 @@ def _restore_or_create(
     config: ConfigDict,
     checkpoints: Checkpoints,
     programs: Programs,
-    start: starting.Start,
+    start: initialize_from.Start,
     mesh: Mesh,
 ) -> tuple[TrainState, dict[str, Any]]:
     # The shapes say all that a restore needs, so nothing is initialised in vain.
@@ -361,7 +356,7 @@ def _restore_or_create(
         if start.variables:
             shapes = _shapes_of_one(config, blank()).variables
             # As an argument, since what a compiled function closes over becomes a part of it.
-            begin = parallel.place(start.fitting(shapes), parallel.replicated(mesh))
+            begin = sharding.place(start.fitting(shapes), sharding.replicated(mesh))
         created = jax.jit(create, out_shardings=programs.placement)(begin=begin)
         return created, {"train_seconds": 0.0}
     log.info("Going on from step %s.", f"{restored[0].steps_taken:,}")
@@ -389,7 +384,7 @@ def _loop(
     steps_per_epoch = data.steps_per_epoch
     total_steps = config.train.epochs * steps_per_epoch
     per_dispatch = config.train.steps_per_dispatch or (
-        1 if parallel.on_cpu(mesh) else ACCELERATOR_STEPS_PER_DISPATCH
+        1 if sharding.on_cpu(mesh) else ACCELERATOR_STEPS_PER_DISPATCH
     )
     step = state.steps_taken
     if step < total_steps:
@@ -500,7 +495,7 @@ def _measure_at_the_end(
     state: TrainState,
     writer: writers.RunWriter,
     mesh: Mesh,
-) -> tuple[dict[str, Any], evidence.Answers]:
+) -> tuple[dict[str, Any], inputs.Answers]:
     """Measures the finished network on the validation and test images; returns the results.
 
     With them come the answers for the test images, of the averaged weights where they are kept; of
@@ -512,18 +507,18 @@ def _measure_at_the_end(
         "train_seconds": round(writer.seconds, 3),
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)) // config.num_seeds,
         "seeds": replicas.seeds(config.seed, config.num_seeds).tolist(),
-        "devices": parallel.hardware(mesh),
+        "devices": sharding.hardware(mesh),
         "versions": {
             name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")
         },
     }
-    answers = evidence.Answers()
+    answers = inputs.Answers()
     last = "test" if data.read_test else "validation"
     tested = measures_of(programs.measure, state, last)
     judged = f"{last}_ema" if state.ema else last
     measure, network = tested[judged], _reported(state, config.num_seeds)
 
-    def judge(batch: batches.Batch) -> EvalMetrics:
+    def judge(batch: sampling.Batch) -> EvalMetrics:
         metrics, judgement = programs.judge(network, batch)
         answers.add(judgement)
         return metrics if config.num_seeds == 1 else measure(batch)
@@ -553,7 +548,7 @@ def _reported(state: TrainState, num_seeds: int) -> TrainState:
 
 def _make_report(folder: Path) -> None:
     """Makes the report of a finished run that has none; the results are safe whatever happens."""
-    if (folder / run_folder.REPORT).exists():
+    if (folder / directory.REPORT).exists():
         return
     log.info("Making the report.")
     try:
@@ -572,12 +567,12 @@ def _make_report(folder: Path) -> None:
 
 def _tell_results(results: dict[str, Any], folder: Path) -> None:
     """Tells how good the network is, on what, and where everything lies."""
-    names = run_folder.read_dataset(folder)["class_names"]
+    names = directory.read_dataset(folder)["class_names"]
     tested = report.tested_split(results)
     table = report.class_table(np.array(results[tested]["confusion"]), tuple(names))
     which = "Test" if tested.startswith("test") else "Validation"
     log.info("\n%s set, class by class:\n%s\n", which, table)
-    for split in run_folder.SPLITS:
+    for split in directory.SPLITS:
         if split in results:
             log.info(
                 "%-18s loss %.4f  accuracy %s",

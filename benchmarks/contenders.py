@@ -52,7 +52,8 @@ def ours(dtype: str = "float32", cpu_kernels: str = "auto") -> Build:
 
 def config_alone(path: str) -> Build:
     """As `ours`, of the network and optimizer of a config file, without its augmentation."""
-    from alexnet_jax import command_line, optimizers
+    from alexnet_jax.cli import command_line
+    from alexnet_jax.optim import optimizers
 
     config = command_line.load_config(str(Path(__file__).parents[1] / path))
     schedule = optimizers.create_schedule(config.optimizer, 390, config.train.epochs)
@@ -62,10 +63,10 @@ def config_alone(path: str) -> Build:
 def _ours(config: Any, optimizer: Any) -> Build:
     import jax
 
-    from alexnet_jax import models, ops, runtime, state, steps
+    from alexnet_jax import environment, models, ops, state, steps
     from alexnet_jax.data.augment import create_normalize
 
-    runtime.keep_freed_memory()
+    environment.keep_freed_memory()
     chosen = ops.choose(config.cpu_kernels, jax.default_backend(), config.model.dtype)
     model = models.create_model(config.model, CLASSES, ops=chosen)
     normalize = create_normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

@@ -15,9 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from alexnet_jax import results, run_folder  # noqa: E402  (the path comes first)
 from alexnet_jax.config import default_config  # noqa: E402
 from alexnet_jax.errors import InputError  # noqa: E402
+from alexnet_jax.experiments import aggregate  # noqa: E402
+from alexnet_jax.run import directory  # noqa: E402  (the path comes first)
 
 IMAGES_A_CLASS = 50
 # The learning rates are usual ones of their kind; none was chosen on these images.
@@ -47,7 +48,7 @@ def prepare(options: argparse.Namespace, workdir: Path) -> Path:
     """Makes the sets `first5` and `last5` of a prepared CIFAR-10; returns their folder."""
     from PIL import Image
 
-    from alexnet_jax.data.sources import load_source
+    from alexnet_jax.data.source import load_source
 
     data = workdir / "data"
     if any(data.glob("last5/*/dataset_info.json")):  # which is written last
@@ -108,9 +109,9 @@ def run() -> None:
                 f"--config.seed={seed}",
                 *flags,
             )
-        groups.append([results.read_run(folder) for folder in folders])
-    table = results.table(groups, list(WAYS))
-    run_folder.write_whole(workdir / "table.md", f"{table}\n".encode())
+        groups.append([aggregate.read_run(folder) for folder in folders])
+    table = aggregate.table(groups, list(WAYS))
+    directory.write_whole(workdir / "table.md", f"{table}\n".encode())
     print(table)
 
 

@@ -27,11 +27,12 @@ def measure(way: str, options: dict[str, Any], answer: Any) -> None:
     import jax
     import numpy as np
 
-    from alexnet_jax import parallel, steps
+    from alexnet_jax import steps
     from alexnet_jax.config import default_config
-    from alexnet_jax.data import batches
-    from alexnet_jax.data.resident import load_data
-    from alexnet_jax.data.streamed import StreamedDataset
+    from alexnet_jax.data import sampling
+    from alexnet_jax.data.load import load_data
+    from alexnet_jax.data.streaming import StreamedDataset
+    from alexnet_jax.distributed import sharding
 
     workers = WAYS[way]
     config = default_config()
@@ -41,7 +42,7 @@ def measure(way: str, options: dict[str, Any], answer: Any) -> None:
     config.data.resident = "on" if workers is None else "off"
     config.data.workers = workers or 0
     config.train.epochs = 1000
-    mesh = parallel.make_mesh()
+    mesh = sharding.make_mesh()
     started = time.perf_counter()
     data = load_data(config, mesh)
     load_seconds = time.perf_counter() - started
@@ -49,8 +50,8 @@ def measure(way: str, options: dict[str, Any], answer: Any) -> None:
     key = steps.order_key(jax.random.key(0))
 
     @jax.jit
-    def gather(train: batches.Dataset, step: jax.Array) -> batches.Batch:
-        return batches.take_batch(train, train["order"], step % data.steps_per_epoch, size)
+    def gather(train: sampling.Dataset, step: jax.Array) -> sampling.Batch:
+        return sampling.take_batch(train, train["order"], step % data.steps_per_epoch, size)
 
     with data.train.feed(key, 0) as feed:
         started = time.perf_counter()

@@ -112,7 +112,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from alexnet_jax.ops.machine import cpu_name
+    from alexnet_jax.ops.cpu_info import cpu_name
 
     names = ("jax", "flax", "optax", "numpy", "torch")
     found: dict[str, Any] = {
@@ -335,7 +335,7 @@ def checkpoint(options: argparse.Namespace) -> dict[str, Any]:
     import optax
 
     from alexnet_jax import state
-    from alexnet_jax.checkpoint import Checkpoints
+    from alexnet_jax.checkpoint.manager import Checkpoints
     from alexnet_jax.models.alexnet import AlexNet
 
     def create() -> Any:

@@ -24,10 +24,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import parallel, steps
+from alexnet_jax import steps
 from alexnet_jax.data import augment
+from alexnet_jax.distributed import sharding
 from alexnet_jax.models import create_model
-from alexnet_jax.optimizers import create_optimizer, create_schedule
+from alexnet_jax.optim.optimizers import create_optimizer, create_schedule
 from alexnet_jax.state import create_state
 
 CLASSES = 10
@@ -87,8 +88,8 @@ def main() -> None:
 
 def _stepper(config: ConfigDict, devices: int, batch_size: int) -> Callable[[], Any]:
     """Compiles a run's training step for some devices; each call starts the next step."""
-    mesh = parallel.make_mesh(jax.devices()[:devices])
-    everywhere = parallel.replicated(mesh)
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    everywhere = sharding.replicated(mesh)
     size = config.data.image_size
     random = np.random.default_rng(0)
     dataset = {
@@ -104,20 +105,20 @@ def _stepper(config: ConfigDict, devices: int, batch_size: int) -> Callable[[], 
         normalize=augment.create_normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
         augment=augment.create_augment(config.augment),
     )
-    advance = parallel.compile_update(
+    advance = sharding.compile_update(
         functools.partial(
             steps.train_steps,
             step_fn=one_step,
             num_steps=1,
             batch_size=batch_size,
-            constrain=parallel.split_batch(mesh),
-            unroll=parallel.on_cpu(mesh),
+            constrain=sharding.split_batch(mesh),
+            unroll=sharding.on_cpu(mesh),
         ),
         mesh,
     )
     create = functools.partial(create_state, model, optimizer, (size, size, 3), config.seed)
     state = jax.jit(create, out_shardings=everywhere)()
-    placed = parallel.place(dataset, everywhere)
+    placed = sharding.place(dataset, everywhere)
 
     def step() -> Any:
         nonlocal state

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from alexnet_jax import run_folder
 from alexnet_jax.config import default_config
+from alexnet_jax.run import directory
 
 
 def get_config(run: str = "") -> ConfigDict:
     """Returns the config, with the network of a run folder; without one, AlexNet from scratch."""
     config = default_config()
     if run:
-        start = run_folder.read_config(Path(run).expanduser())
+        start = directory.read_config(Path(run).expanduser())
         config = default_config(start.model.name)
         config.model.update(start.model)
         for key in ("image_size", "crop_size", "normalize"):

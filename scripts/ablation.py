@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax import programs
+from alexnet_jax.cli import common
 from alexnet_jax.errors import InputError
 
 _ROWS = Path(__file__).parents[1] / "configs" / "ablation.py"
@@ -25,12 +25,12 @@ examples:
   python scripts/ablation.py --num_seeds=3 -- --config.data.name=cifar10_jpeg
   python scripts/ablation.py --rows=0,5,12 --workdir=runs/three
 
-Exit codes: 0 all rows are trained, {programs.EXIT_CODES},
+Exit codes: 0 all rows are trained, {common.EXIT_CODES},
 or that of the run that ended otherwise, such as 75, interrupted and saved.
 """
 
 
-@programs.entry_point()
+@common.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -40,19 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, as --help lists them.
     """
-    own, flags = programs.split(arguments)
+    own, flags = common.split(arguments)
     options = _parser().parse_args(own)
     rows = _rows(options.rows)
-    from alexnet_jax import comparison, writers  # imports JAX, as --help does not
+    from alexnet_jax.experiments import compare
+    from alexnet_jax.run import writers  # imports JAX, as --help does not
 
-    entries = [
-        comparison.Entry(f"{number:02}-{name}", f"{_ROWS}:{number}") for number, name in rows
-    ]
+    entries = [compare.Entry(f"{number:02}-{name}", f"{_ROWS}:{number}") for number, name in rows]
     writers.log_to_terminal()
-    code = comparison.train(entries, options.workdir, options.num_seeds, flags)
+    code = compare.train(entries, options.workdir, options.num_seeds, flags)
     if code:
         return code
-    print(comparison.compare(entries, options.workdir, options.num_seeds))
+    print(compare.compare(entries, options.workdir, options.num_seeds))
     print(f"Next: python scripts/results.py {options.workdir}/*/ --into=FILE", file=sys.stderr)
     return 0
 
@@ -83,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--workdir",
-        type=programs.path,
+        type=common.path,
         default=Path("runs/ablation"),
         help="holds the run folders (default: runs/ablation)",
     )

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax import programs
+from alexnet_jax.cli import common
 
 _EPILOG = f"""\
 Each CONFIG has a run folder below WORKDIR, named after it. The same command again skips what is
@@ -23,12 +23,12 @@ examples:
   python scripts/compare.py configs/cifar10.py configs/cifar10_classic.py --seeds=5 \\
       --workdir=runs/two -- --noconfig.test.measure --config.train.epochs=5
 
-Exit codes: 0 done, {programs.EXIT_CODES}, or that of the
+Exit codes: 0 done, {common.EXIT_CODES}, or that of the
 run that ended otherwise, such as 75, interrupted and saved.
 """
 
 
-@programs.entry_point()
+@common.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -38,20 +38,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, as --help lists them.
     """
-    own, flags = programs.split(arguments)
+    own, flags = common.split(arguments)
     options = _parser().parse_args(own)
-    from alexnet_jax import comparison, writers  # imports JAX, as --help does not
-    from alexnet_jax.command_line import load_config
+    from alexnet_jax.cli.command_line import load_config
+    from alexnet_jax.experiments import compare
+    from alexnet_jax.run import writers  # imports JAX, as --help does not
 
     for config in options.configs:
         load_config(config)  # a mistake in the last is told before the first is trained
-    entries = [comparison.entry(config) for config in options.configs]
+    entries = [compare.entry(config) for config in options.configs]
     writers.log_to_terminal()
     how = {"separately": options.separate_runs}
-    code = comparison.train(entries, options.workdir, options.seeds, flags, **how)
+    code = compare.train(entries, options.workdir, options.seeds, flags, **how)
     if code:
         return code
-    print(comparison.compare(entries, options.workdir, options.seeds, **how))
+    print(compare.compare(entries, options.workdir, options.seeds, **how))
     print(
         f"Next: look at {options.workdir}/comparison.png and comparison.html; the table is in "
         "table.md.",
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--workdir",
-        type=programs.path,
+        type=common.path,
         default=Path("runs/compare"),
         help="holds the run folders (default: runs/compare)",
     )

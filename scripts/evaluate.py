@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alexnet_jax import programs
-from alexnet_jax.network_options import add_run, open_network
+from alexnet_jax.cli import common
+from alexnet_jax.cli.network_arguments import add_run, open_network
 
 if TYPE_CHECKING:
     from alexnet_jax.evaluation import Evaluation
-    from alexnet_jax.inference import Network
+    from alexnet_jax.inference.predictor import Network
 
 _EPILOG = f"""\
 SPLIT is test, validation (what the run held out of train) or train, as the run has them; anything
@@ -25,12 +25,12 @@ examples:
   python scripts/evaluate.py runs/digits --checkpoint=best --split=validation --json=best.json
   python scripts/evaluate.py runs/cifar10 --data.name=cifar10_jpeg --json=- | jq .results
 
-Exit codes: 0 measured, {programs.EXIT_CODES}.
+Exit codes: 0 measured, {common.EXIT_CODES}.
 """
 _MOST_CLASSES = 20  # Of a confusion matrix that a terminal has room for.
 
 
-@programs.entry_point()
+@common.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     from alexnet_jax.evaluation import evaluate_network  # imports JAX, as --help does not
-    from alexnet_jax.run_folder import format_json, write_json
+    from alexnet_jax.run.directory import format_json, write_json
 
     network = open_network(options)
     data = network.config.data.copy_and_resolve_references()
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--json",
-        type=programs.path,
+        type=common.path,
         metavar="FILE",
         help="write all figures there; - prints them",
     )
@@ -116,7 +116,7 @@ def _describe(network: "Network", evaluation: "Evaluation") -> str:
 
     That is, of plain images, and of the averaged weights, if these are kept.
     """
-    from alexnet_jax.report import class_table
+    from alexnet_jax.experiments.report import class_table
 
     lines = [
         f"{network.folder.name}, step {network.step:,}, on {evaluation.data} "

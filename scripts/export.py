@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax import programs
+from alexnet_jax.cli import common
+from alexnet_jax.cli.network_arguments import add_not_averaged, add_run, open_network
 from alexnet_jax.errors import InputError
-from alexnet_jax.network_options import add_not_averaged, add_run, open_network
 
 _EPILOG = f"""\
 FORMAT is one of
@@ -26,12 +26,12 @@ own runtime and compared with the network before it stays. class_names.json and 
 beside it. onnx and tflite need:
   pip install --constraint constraints.txt --editable ".[export]"
 
-Exit codes: 0 exported, {programs.EXIT_CODES}; 2 also
+Exit codes: 0 exported, {common.EXIT_CODES}; 2 also
 for an artefact that does not agree.
 """
 
 
-@programs.entry_point(interrupted="Interrupted; nothing half-made is left behind.")
+@common.entry_point(interrupted="Interrupted; nothing half-made is left behind.")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
-    from alexnet_jax import export  # imports JAX, which --help does without
-    from alexnet_jax.model_card import model_card
+    from alexnet_jax.inference import export  # imports JAX, which --help does without
+    from alexnet_jax.inference.model_card import model_card
 
     command = shlex.join(["python", "scripts/export.py", *given])
     kind = export.FORMATS.get(options.format)
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", required=True, help="stablehlo, onnx, savedmodel or tflite")
     parser.add_argument(
         "--output",
-        type=programs.path,
+        type=common.path,
         metavar="FOLDER",
         help="a new folder (default: RUN/export/FORMAT)",
     )

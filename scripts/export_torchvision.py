@@ -7,8 +7,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from alexnet_jax import programs
-from alexnet_jax.network_options import add_not_averaged, add_run, open_network
+from alexnet_jax.cli import common
+from alexnet_jax.cli.network_arguments import add_not_averaged, add_run, open_network
 
 _EPILOG = f"""\
 RUN must be of a network that torchvision has, which is config.model.name "alexnet_owt" with its own
@@ -19,11 +19,11 @@ examples:
   python scripts/export_torchvision.py runs/imagenet alexnet.pth
   python scripts/export_torchvision.py runs/imagenet alexnet.safetensors --checkpoint=best
 
-Exit codes: 0 written, {programs.EXIT_CODES}.
+Exit codes: 0 written, {common.EXIT_CODES}.
 """
 
 
-@programs.entry_point()
+@common.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -34,12 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code, as --help lists them.
     """
     options = _parser().parse_args(arguments)
-    from alexnet_jax import pretrained  # imports JAX, as --help does not
+    from alexnet_jax.inference import torchvision  # imports JAX, as --help does not
 
     network = open_network(options)
-    state_dict = pretrained.to_torchvision(network.answering.params)
-    pretrained.check_model(network.config.model)
-    pretrained.write_state_dict(state_dict, options.out)
+    state_dict = torchvision.to_torchvision(network.answering.params)
+    torchvision.check_model(network.config.model)
+    torchvision.write_state_dict(state_dict, options.out)
     classes = len(network.class_names)
     print(
         f"{options.out} holds the weights of {options.run} at step {network.step:,}: a state dict "
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "out",
         metavar="OUT",
-        type=programs.path,
+        type=common.path,
         help="the file to write: .safetensors, else PyTorch's",
     )
     return parser

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax import programs
+from alexnet_jax.cli import common
 from alexnet_jax.errors import InputError
 
 _EPILOG = f"""\
@@ -21,11 +21,11 @@ examples:
   python scripts/import_torchvision.py ~/Downloads/alexnet-owt-7be5be79.pth runs/imagenet_owt
   python scripts/import_torchvision.py flowers.safetensors runs/flowers --class_names=flowers.txt
 
-Exit codes: 0 the run folder is made, {programs.EXIT_CODES}.
+Exit codes: 0 the run folder is made, {common.EXIT_CODES}.
 """
 
 
-@programs.entry_point()
+@common.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -36,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code, as --help lists them.
     """
     options = _parser().parse_args(arguments)
-    from alexnet_jax import pretrained  # imports JAX, as --help does not
+    from alexnet_jax.inference import torchvision  # imports JAX, as --help does not
 
     names = _read_names(options.class_names) if options.class_names else ()
-    found = pretrained.import_run(options.file, options.workdir, names)
+    found = torchvision.import_run(options.file, options.workdir, names)
     (classes,) = found["classes"]
     print(
         f"{options.workdir} is a run folder now, at step 0: AlexNet with {classes:,} classes, "
@@ -57,12 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", metavar="FILE", type=programs.path, help="the weights")
-    parser.add_argument("workdir", metavar="OUT", type=programs.path, help="the run folder to make")
+    parser.add_argument("file", metavar="FILE", type=common.path, help="the weights")
+    parser.add_argument("workdir", metavar="OUT", type=common.path, help="the run folder to make")
     parser.add_argument(
         "--class_names",
         metavar="TEXT",
-        type=programs.path,
+        type=common.path,
         help="a file with the name of a class in each line, in the order of the labels (default: "
         "the synsets of ImageNet for 1,000 classes, else class_0, class_1, ...)",
     )

@@ -23,14 +23,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from alexnet_jax import gpus, programs
+from alexnet_jax.cli import common
+from alexnet_jax.environment import visible_gpus
 from alexnet_jax.errors import InputError
 
 # A process notices at once that another is gone, by its connections; this is beyond that.
 GRACE_SECONDS = 15.0
 
 
-@programs.entry_point()
+@common.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -40,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, as --help lists them.
     """
-    own, flags = programs.split(arguments)
+    own, flags = common.split(arguments)
     options = _parser().parse_args(own)
     count, devices = options.processes, options.devices_per_process
     if count < 1 or devices < 1:
         raise InputError(
             f"{count} processes with {devices} devices are impossible; give at least 1 of each."
         )
-    programs.check_flags(flags, ("coordinator", "num_processes", "process_id"), "launch_local")
+    common.check_flags(flags, ("coordinator", "num_processes", "process_id"), "launch_local")
     variables = [device_variables(p, count, devices, os.environ) for p in range(count)]
     address = f"127.0.0.1:{free_port()}"
     commands = [
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for process in range(count)
     ]
     code = launch(commands, variables)
-    if code == programs.EXIT_INTERRUPTED:  # all do so together
+    if code == common.EXIT_INTERRUPTED:  # all do so together
         again = shlex.join(["python", "scripts/launch_local.py", *own, "--", *flags])
         print(f"To go on with all processes:\n  {again}", file=sys.stderr)
     return code
@@ -90,7 +91,7 @@ def device_variables(
     Raises:
         InputError: There are GPUs, but too few.
     """
-    found = gpus.visible(environment)
+    found = visible_gpus(environment)
     if not found:
         return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     if len(found) < count * devices:
@@ -146,11 +147,11 @@ def _wait(started: Sequence[subprocess.Popen[Any]]) -> int:
         codes = [process.poll() or 0 for process in started]
         if not first and any(codes):
             number, code = next((n, c) for n, c in enumerate(codes) if c)
-            first = programs.shell_code(code)
+            first = common.shell_code(code)
             deadline = time.monotonic() + GRACE_SECONDS
             if code < 0:
                 _say(f"process {number} was killed by {signal.Signals(-code).name}.")
-            elif code != programs.EXIT_INTERRUPTED:
+            elif code != common.EXIT_INTERRUPTED:
                 _say(f"process {number} ended with exit code {code}.")
         if time.monotonic() > deadline:
             for number, process in enumerate(started):
@@ -161,7 +162,7 @@ def _wait(started: Sequence[subprocess.Popen[Any]]) -> int:
         time.sleep(0.05)
     if first:
         return first
-    return programs.shell_code(next((p.returncode for p in started if p.returncode), 0))
+    return common.shell_code(next((p.returncode for p in started if p.returncode), 0))
 
 
 def _say(message: str) -> None:

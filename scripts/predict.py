@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from alexnet_jax import programs
+from alexnet_jax.cli import common
+from alexnet_jax.cli.network_arguments import add_not_averaged, add_run, open_network
 from alexnet_jax.errors import InputError, printable
-from alexnet_jax.network_options import add_not_averaged, add_run, open_network
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from alexnet_jax.inference import Network
+    from alexnet_jax.inference.predictor import Network
 
 _EPILOG = f"""\
 An IMAGE is a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file, or a folder, of which all such files are
@@ -32,7 +32,7 @@ examples:
   python scripts/predict.py runs/cifar10 photos/ --format=csv > answers.csv
 
 Exit codes: 0 all images have an answer, 1 some could not be read and the others have one,
-{programs.EXIT_CODES}.
+{common.EXIT_CODES}.
 """
 FORMATS = ("table", "json", "csv")
 MOST_ON_A_SHEET = 600
@@ -50,7 +50,7 @@ class Predicted(NamedTuple):
     top: list[tuple[str, float]]
 
 
-@programs.entry_point()
+@common.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
     _draw(options, network, shown)
     if not shown:
-        return programs.EXIT_BAD_INPUT
+        return common.EXIT_BAD_INPUT
     return 1 if errors else 0
 
 
@@ -108,7 +108,7 @@ def find_images(paths: Sequence[str]) -> Iterator[str]:
     Raises:
         InputError: A folder holds no image.
     """
-    from alexnet_jax.data.trees import IMAGE_SUFFIXES
+    from alexnet_jax.data.prepare.trees import IMAGE_SUFFIXES
 
     for path in paths:
         if not os.path.isdir(path):
@@ -208,8 +208,8 @@ def _draw(options: argparse.Namespace, network: "Network", shown: list[Predicted
     import numpy as np
     from tqdm import tqdm
 
-    from alexnet_jax.explain import smooth_grad
-    from alexnet_jax.pictures import Answer, contact_sheet, explanation
+    from alexnet_jax.inference.contact_sheet import Answer, contact_sheet, explanation
+    from alexnet_jax.inference.saliency import smooth_grad
 
     answers = [
         Answer(Path(each.file).name, each.image, *each.top[0])
@@ -267,13 +267,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", default="table", help="table (default), json or csv")
     parser.add_argument(
         "--sheet",
-        type=programs.path,
+        type=common.path,
         metavar="FILE",
         help="draw all images with answers on one PNG",
     )
     parser.add_argument(
         "--explain",
-        type=programs.path,
+        type=common.path,
         metavar="FOLDER",
         help="draw a PNG of each image with the pixels that its answer depends on",
     )

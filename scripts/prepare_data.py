@@ -8,8 +8,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from alexnet_jax import programs
-from alexnet_jax.data import prepare
+from alexnet_jax.cli import common
+from alexnet_jax.data.prepare import prepare
 
 _EPILOG = f"""\
 PATH is one of
@@ -22,11 +22,11 @@ examples:
   python scripts/prepare_data.py flowers.zip --test_fraction=0.1
   python scripts/prepare_data.py photos/ --name=my_photos --data_dir=/data/tfds
 
-Exit codes: 0 the data set lies ready, {programs.EXIT_CODES}.
+Exit codes: 0 the data set lies ready, {common.EXIT_CODES}.
 """
 
 
-@programs.entry_point(interrupted="Interrupted; nothing half-made is left behind.")
+@common.entry_point(interrupted="Interrupted; nothing half-made is left behind.")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 

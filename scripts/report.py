@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax import programs
+from alexnet_jax.cli import common
 from alexnet_jax.errors import InputError
 
 _EPILOG = f"""\
@@ -21,11 +21,11 @@ examples:
   python scripts/report.py runs/digits --output=digits.html
   python scripts/report.py runs/narrow runs/wide --output=widths.html
 
-Exit codes: 0 the page lies ready, {programs.EXIT_CODES}.
+Exit codes: 0 the page lies ready, {common.EXIT_CODES}.
 """
 
 
-@programs.entry_point()
+@common.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code, as --help lists them.
     """
     options = _parser().parse_args(arguments)
-    from alexnet_jax import report  # imports JAX, as --help does not
+    from alexnet_jax.experiments import report  # imports JAX, as --help does not
 
     output = _checked(options.output)
     if len(options.runs) == 1:
@@ -66,11 +66,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "runs", metavar="RUN", nargs="+", type=programs.path, help="the folder of a run"
+        "runs", metavar="RUN", nargs="+", type=common.path, help="the folder of a run"
     )
     parser.add_argument(
         "--output",
-        type=programs.path,
+        type=common.path,
         metavar="FILE",
         help="where the page goes (default: RUN/report.html; of several, comparison.html)",
     )

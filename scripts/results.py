@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_jax import programs
+from alexnet_jax.cli import common
 
 _EPILOG = f"""\
 Runs that differ in nothing but their seeds make one row: mean, standard deviation, and the 95%
@@ -20,11 +20,11 @@ examples:
   python scripts/results.py runs/best-*/ --into=docs/results.md --pictures=docs/results
   python scripts/results.py runs/best-*/ --records=records; python scripts/results.py records/*/
 
-Exit codes: 0 done, {programs.EXIT_CODES}.
+Exit codes: 0 done, {common.EXIT_CODES}.
 """
 
 
-@programs.entry_point()
+@common.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -35,19 +35,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code, as --help lists them.
     """
     options = _parser().parse_args(arguments)
-    from alexnet_jax import results  # imports JAX, as --help does not
+    from alexnet_jax.experiments import aggregate  # imports JAX, as --help does not
 
-    runs = [results.read_run(folder) for folder in options.folders]
-    groups = results.group(runs)
-    names = [results.name_of(members[0]) for members in groups]
-    text = results.table(groups, names)
+    runs = [aggregate.read_run(folder) for folder in options.folders]
+    groups = aggregate.group(runs)
+    names = [aggregate.name_of(members[0]) for members in groups]
+    text = aggregate.table(groups, names)
     if options.pictures:
         page = options.into or Path("page.md")
-        text += f"\n\n{results.details(groups, names, options.pictures, page)}"
+        text += f"\n\n{aggregate.details(groups, names, options.pictures, page)}"
     if options.into:
-        results.put_between_marks(options.into, text)
+        aggregate.put_between_marks(options.into, text)
     if options.records:
-        results.keep_records(runs, options.records)
+        aggregate.keep_records(runs, options.records)
     print(text)
     return 0
 
@@ -58,25 +58,23 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "folders", metavar="RUN", nargs="+", type=programs.path, help="a run folder"
-    )
+    parser.add_argument("folders", metavar="RUN", nargs="+", type=common.path, help="a run folder")
     parser.add_argument(
         "--into",
-        type=programs.path,
+        type=common.path,
         metavar="FILE",
         help="also put the table into this file, between its marks",
     )
     parser.add_argument(
         "--pictures",
-        type=programs.path,
+        type=common.path,
         metavar="FOLDER",
         help="below the table, show curves, confusion matrix and classes of each row; their "
         "pictures go here",
     )
     parser.add_argument(
         "--records",
-        type=programs.path,
+        type=common.path,
         metavar="FOLDER",
         help="keep what all this was made from here, some KB of each run, from which this program "
         "makes it again",

@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alexnet_jax import programs
+from alexnet_jax.cli import common
 from alexnet_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from alexnet_jax.sweep import Row
+    from alexnet_jax.experiments.sweep import Row
 
 _EPILOG = f"""\
 Each trial is a run in a folder of its own below WORKDIR; the study lies in WORKDIR/study.db.
@@ -30,12 +30,12 @@ examples:
   python scripts/sweep.py --config=configs/cifar10.py --workdir=runs/widths \\
       --choice="model.hidden=(256,256),(1024,1024)" -- --config.train.epochs=5
 
-Exit codes: 0 all trials have ended, {programs.EXIT_CODES},
+Exit codes: 0 all trials have ended, {common.EXIT_CODES},
 75 interrupted and saved.
 """
 
 
-@programs.entry_point()
+@common.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -45,10 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, as --help lists them.
     """
-    own, flags = programs.split(arguments)
+    own, flags = common.split(arguments)
     options = _parser().parse_args(own)
-    from alexnet_jax import search_space, sweep, writers  # imports JAX, as --help does not
-    from alexnet_jax.command_line import load_config
+    from alexnet_jax.cli.command_line import load_config
+    from alexnet_jax.experiments import search_space, sweep
+    from alexnet_jax.run import writers  # imports JAX, as --help does not
 
     for name in ("trials", "workers"):
         if getattr(options, name) < 1:
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     space = search_space.parse_space(options.range, options.choice, config)
     searched = [f"config.{one.key}" for one in space]
     taken = ("config", "workdir", "config.test.measure", *searched)
-    programs.check_flags(flags, taken, "the sweep")
+    common.check_flags(flags, taken, "the sweep")
     search = sweep.Sweep(
         folder=workdir,
         config=options.config,
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"  {share:4.0%} of the variation comes from {key}")
     if not finished:
         print("Stopped and saved. The same command goes on.", file=sys.stderr)
-        return programs.EXIT_INTERRUPTED
+        return common.EXIT_INTERRUPTED
     if best:
         print(
             f"\nNext: train the best and measure it on the test set, once:\n"
@@ -102,8 +103,8 @@ def _write(
     logarithmic: Collection[str],
 ) -> None:
     """Writes the table of all trials, and the figure."""
-    from alexnet_jax import run_folder
-    from alexnet_jax.report import figures
+    from alexnet_jax.experiments.report import figures
+    from alexnet_jax.run import directory
 
     keys = list(dict.fromkeys(key for row in found for key in row.params))
     text = io.StringIO()
@@ -112,10 +113,10 @@ def _write(
     for row in found:
         values = [row.params.get(key, "") for key in keys]
         writer.writerow([row.name, row.state, row.accuracy, row.epochs, *values, row.why])
-    run_folder.write_whole(workdir / "trials.csv", text.getvalue().encode())
+    directory.write_whole(workdir / "trials.csv", text.getvalue().encode())
     drawn = [(row.state, row.accuracy, row.params) for row in found]
     picture = figures.png(figures.search(drawn, matters, logarithmic))
-    run_folder.write_whole(workdir / "sweep.png", picture)
+    directory.write_whole(workdir / "sweep.png", picture)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -146,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--workdir",
-        type=programs.path,
+        type=common.path,
         metavar="FOLDER",
         help="default: runs/<name of the config>-sweep",
     )

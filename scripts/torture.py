@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from alexnet_jax import programs
+from alexnet_jax.cli import common
 
 _EPILOG = f"""\
 examples:
@@ -32,7 +32,7 @@ examples:
   python scripts/torture.py --kills=5 --json=kills.json
 
 Exit codes: 0 all held, 1 something did not,
-{programs.EXIT_CODES}.
+{common.EXIT_CODES}.
 """
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -363,9 +363,11 @@ def torture_by_damage(tries: int, rng: random.Random, folder: Path) -> dict[str,
     """
     import jax
 
-    from alexnet_jax import config, models, optimizers, parallel, state
-    from alexnet_jax.checkpoint import Checkpoints
+    from alexnet_jax import config, models, state
+    from alexnet_jax.checkpoint.manager import Checkpoints
+    from alexnet_jax.distributed import sharding
     from alexnet_jax.errors import InputError
+    from alexnet_jax.optim import optimizers
 
     started = time.monotonic()
     options = config.default_config()
@@ -378,7 +380,7 @@ def torture_by_damage(tries: int, rng: random.Random, folder: Path) -> dict[str,
         static_argnums=0,
     )
     states = {step: create(step).replace(step=jax.numpy.int32(step)) for step in (10, 20)}
-    everywhere = parallel.replicated(parallel.make_mesh())
+    everywhere = sharding.replicated(sharding.make_mesh())
     intact = folder / "intact" / "checkpoints"
     checkpoints = Checkpoints(intact)
     for step, each in states.items():
@@ -480,7 +482,7 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@programs.entry_point()
+@common.entry_point()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
@@ -504,7 +506,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (0)")
     parser.add_argument(
-        "--json", type=programs.path, metavar="FILE", help="write the counts there, too"
+        "--json", type=common.path, metavar="FILE", help="write the counts there, too"
     )
     options = parser.parse_args(arguments)
     rng = random.Random(options.seed)
@@ -515,7 +517,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = torture_by_kills(options.kills, rng, Path(folder))
     print(_table(result))
     if options.json:
-        from alexnet_jax.run_folder import write_json  # imports JAX, as --help does not
+        from alexnet_jax.run.directory import write_json  # imports JAX, as --help does not
 
         write_json(options.json, result)
     return 1 if result["failures"] else 0

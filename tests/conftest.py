@@ -68,11 +68,12 @@ def quick_runs():
     And no report but where a test asks for one: to draw it takes longer than such a run. What
     the CPU's kernels compute is compared with XLA in the first run only.
     """
-    from alexnet_jax import ops, parallel, train
+    from alexnet_jax import ops, train
+    from alexnet_jax.distributed import sharding
 
-    make_mesh = parallel.make_mesh
+    make_mesh = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "make_mesh", lambda: make_mesh(jax.devices()[:2]))
+        patch.setattr(sharding, "make_mesh", lambda: make_mesh(jax.devices()[:2]))
         patch.setattr(ops, "_largest_error", functools.cache(ops._largest_error))
         patch.setattr(train, "_make_report", lambda folder: None)
         yield
@@ -80,7 +81,16 @@ def quick_runs():
 
 # Files in the order of their time, the longest first, so that no worker waits for another one at
 # the end; those that are not named come last. `--no-loadscope-reorder` keeps xdist to it.
-_LONG = ("train", "processes", "torture", "replicas", "steps", "notebook", "starting", "export")
+_LONG = (
+    "train",
+    "processes",
+    "torture",
+    "replicas",
+    "steps",
+    "notebook",
+    "initialize_from",
+    "export",
+)
 
 
 def pytest_collection_modifyitems(items):

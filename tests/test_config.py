@@ -8,13 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from alexnet_jax import config as config_module
-from alexnet_jax.config import (
-    FREE_KEYS,
-    default_config,
-    flatten,
-    unknown_key_message,
-    validate,
-)
+from alexnet_jax.config import FREE_KEYS, default_config, flatten, unknown_key_message, validate
 from alexnet_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from alexnet_jax.data import images, trees
+from alexnet_jax.data import decode
+from alexnet_jax.data.prepare import trees
 from alexnet_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -367,6 +368,6 @@ BOMBS = {
 @pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
 def test_image_bombs_are_refused(data):
     with little_memory(), pytest.raises(InputError, match=r"tom\.png"):
-        images.normalize_encoded(data, "tom.png")
+        decode.normalize_encoded(data, "tom.png")
     with pytest.raises(Exception, match=r"."):
-        images.decode(data, 16)
+        decode.decode(data, 16)

@@ -11,14 +11,14 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from sklearn.metrics import confusion_matrix
 
-from alexnet_jax import parallel
 from alexnet_jax.config import default_config
 from alexnet_jax.data.augment import create_augment, create_normalize
-from alexnet_jax.data.batches import epoch_order, padded_batches
-from alexnet_jax.data.views import create_views
+from alexnet_jax.data.sampling import epoch_order, padded_batches
+from alexnet_jax.data.tta import create_views
+from alexnet_jax.distributed import sharding
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
 from alexnet_jax.models.alexnet import AlexNet
-from alexnet_jax.optimizers import create_optimizer
+from alexnet_jax.optim.optimizers import create_optimizer
 from alexnet_jax.state import TrainState, create_state
 from alexnet_jax.steps import (
     ORDER_STREAM,
@@ -234,13 +234,13 @@ def test_training_agrees_with_pytorch(options, norm, label_smoothing):
 
 
 def on_mesh(step, devices):
-    mesh = parallel.make_mesh(jax.devices()[:devices])
-    update = parallel.compile_update(step, mesh)
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    update = sharding.compile_update(step, mesh)
 
     def placed(state, batch):
         # Copied, as the update gives up what it is given.
-        state = jax.device_put(jax.tree.map(jnp.copy, state), parallel.replicated(mesh))
-        batch = jax.device_put(batch, parallel.split(mesh))
+        state = jax.device_put(jax.tree.map(jnp.copy, state), sharding.replicated(mesh))
+        batch = jax.device_put(batch, sharding.split(mesh))
         assert batch["image"].addressable_shards[0].data.shape[0] == 16 // devices
         return update(state, batch)
 
@@ -258,10 +258,10 @@ def pmapped(step):
 
 
 def shard_mapped(step, check_vma):
-    step = functools.partial(step, axis_name=parallel.AXIS)
-    whole, part = PartitionSpec(), PartitionSpec(parallel.AXIS)
+    step = functools.partial(step, axis_name=sharding.AXIS)
+    whole, part = PartitionSpec(), PartitionSpec(sharding.AXIS)
     specs = {"in_specs": (whole, part), "out_specs": whole, "check_vma": check_vma}
-    return jax.jit(jax.shard_map(step, mesh=parallel.make_mesh(), **specs))
+    return jax.jit(jax.shard_map(step, mesh=sharding.make_mesh(), **specs))
 
 
 @functools.cache
@@ -277,7 +277,7 @@ BATCHES = [batch_of(seed, masked=(0, 1, 2, 5, 9, 13)) for seed in range(3)]
 
 @pytest.mark.parametrize("how", ["jit", "pmap", "shard_map", "shard_map unchecked"])
 def test_eight_devices_train_as_one(how, strict_dtypes):
-    axis_name = {"jit": None, "pmap": "batch"}.get(how, parallel.AXIS)
+    axis_name = {"jit": None, "pmap": "batch"}.get(how, sharding.AXIS)
     model = network(depth=1, norm="batch", axis_name=axis_name)
     optimizer = optimizer_of(0.1, name="sgd")
     step = step_of(model, optimizer)
@@ -379,8 +379,8 @@ class Linear(nn.Module):
 def test_a_new_state_can_be_donated_again_and_again():
     state = create_state(Linear(), SGD, (SIZE, SIZE, 3), 0, ema=True)
     assert_same(state.ema, learned(state))
-    mesh = parallel.make_mesh(jax.devices()[:1])
-    update = parallel.compile_update(step_of(Linear(), ema_decay=0.9), mesh)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    update = sharding.compile_update(step_of(Linear(), ema_decay=0.9), mesh)
     for count in range(2):
         state, _ = update(state, batch_of(count))
     assert int(state.step) == 2
@@ -552,10 +552,10 @@ def test_judging_measures_alike_and_keeps_the_answers(strict_dtypes):
     state = new_state(model)
     batch = batch_of(0, count=24, masked=(3, 23))
     options = {"model": model, "normalize": NORMALIZE}
-    mesh = parallel.make_mesh()
+    mesh = sharding.make_mesh()
     judge = functools.partial(judge_step, **options, likeliest=3, pictures=5)
-    metrics, answers = parallel.compile_reading(judge, mesh)(
-        state, parallel.place(batch, parallel.split(mesh))
+    metrics, answers = sharding.compile_reading(judge, mesh)(
+        state, sharding.place(batch, sharding.split(mesh))
     )
     measured = figures(jax.jit(functools.partial(eval_step, **options))(state, batch))
     ours = figures(metrics)

@@ -18,13 +18,15 @@ import optax
 import pytest
 from trained_run import records, saved, stopped_at
 
-from alexnet_jax import inference, parallel, steps, train
+from alexnet_jax import steps, train
 from alexnet_jax.config import default_config, flatten
-from alexnet_jax.data import resident
-from alexnet_jax.data.sources import Source, load_source
+from alexnet_jax.data import load
+from alexnet_jax.data.source import Source, load_source
+from alexnet_jax.distributed import sharding
 from alexnet_jax.errors import Diverged, InputError, Interrupted
 from alexnet_jax.evaluation import evaluate_network
-from alexnet_jax.report import evidence, figures
+from alexnet_jax.experiments.report import figures, inputs
+from alexnet_jax.inference import predictor
 from alexnet_jax.train import train_and_evaluate
 
 pytestmark = [
@@ -35,7 +37,7 @@ pytestmark = [
 ]
 
 
-MAKE_MESH, MAKE_REPORT = parallel.make_mesh, train._make_report
+MAKE_MESH, MAKE_REPORT = sharding.make_mesh, train._make_report
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,7 @@ def test_a_run_learns_and_leaves_its_files(whole_run):
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_measured_again_a_run_has_the_same_results(whole_run, split):
     folder, results = whole_run
-    network = inference.load(folder)
+    network = predictor.load(folder)
     found = evaluate_network(network, split)
     assert found.images == {"test": 360, "validation": 142}[split]
     assert found.results.keys() == {split, f"{split}_ema"}
@@ -132,7 +134,7 @@ def test_measured_again_a_run_has_the_same_results(whole_run, split):
 
 def test_the_network_of_a_run_answers_as_it_was_measured(whole_run):
     folder, results = whole_run
-    network = inference.load(folder)
+    network = predictor.load(folder)
     images, labels = load_source(network.config.data, "test").read_all()
     shares = network.predict(images).probabilities
     confusion = np.zeros((10, 10), int)
@@ -144,7 +146,7 @@ def test_the_network_of_a_run_answers_as_it_was_measured(whole_run):
 
 def test_what_a_run_leaves_for_its_report(whole_run, config):
     folder, results = whole_run
-    predictions = evidence.read_arrays(folder / "predictions.npz")
+    predictions = inputs.read_arrays(folder / "predictions.npz")
     _, labels = load_source(config.data, "test").read_all()
     np.testing.assert_array_equal(predictions["label"], labels)
     confusion = np.zeros((10, 10), int)
@@ -152,7 +154,7 @@ def test_what_a_run_leaves_for_its_report(whole_run, config):
     np.testing.assert_array_equal(confusion, results["test_ema"]["confusion"])
     loss = -np.log(predictions["label_probability"]).mean()
     assert loss == pytest.approx(results["test_ema"]["loss"], rel=1e-4)
-    data = evidence.read_arrays(folder / "report.npz")
+    data = inputs.read_arrays(folder / "report.npz")
     assert data["samples"].shape == (4, 12, 8, 8, 3)
     assert data["filters"].shape == (8, 3, 3, 3)
     counted = sum(v[:, 2].sum() for n, v in data.items() if n.startswith("histograms/"))
@@ -274,9 +276,9 @@ def test_validation_images_that_round_to_none(config, tmp_path, caplog):
     config.optimizer.schedule = "constant"
     assert "validation" not in train_and_evaluate(config, tmp_path / "run")
     assert "nothing is measured before the end" in caplog.text
-    mesh = parallel.make_mesh()
+    mesh = sharding.make_mesh()
     with pytest.raises(InputError, match="of each class of digits, so that the run has no valid"):
-        resident.load_split(config, mesh, "validation")
+        load.load_split(config, mesh, "validation")
 
 
 def run_python(code, *arguments, **variables):
@@ -294,9 +296,10 @@ def test_killed_and_resumed_is_bit_equal(whole_run, config, tmp_path):
         import os, signal, sys
         import jax
         jax.config.update("jax_num_cpu_devices", 8)
-        from alexnet_jax import parallel, writers
-        make_mesh = parallel.make_mesh
-        parallel.make_mesh = lambda: make_mesh(jax.devices()[:2])  # as compiled already
+        from alexnet_jax.distributed import sharding
+        from alexnet_jax.run import writers
+        make_mesh = sharding.make_mesh
+        sharding.make_mesh = lambda: make_mesh(jax.devices()[:2])  # as compiled already
         from alexnet_jax.config import default_config
         from alexnet_jax.train import train_and_evaluate
         config = default_config()
@@ -324,7 +327,7 @@ def test_the_number_of_devices_does_not_change_the_run(
     whole_run, config, tmp_path, monkeypatch, devices
 ):
     """Dropout, augmentation and batch statistics included."""
-    monkeypatch.setattr(parallel, "make_mesh", lambda: MAKE_MESH(jax.devices()[:devices]))
+    monkeypatch.setattr(sharding, "make_mesh", lambda: MAKE_MESH(jax.devices()[:devices]))
     train_and_evaluate(config, tmp_path / "run")
     for one, other in zip(records(whole_run[0]), records(tmp_path / "run"), strict=True):
         if one["step"] <= 10:  # rounding grows with the steps, as between any two machines
@@ -471,7 +474,7 @@ def test_a_run_to_choose_by_does_without_the_test_set(config, tmp_path, monkeypa
     info = json.loads((tmp_path / "run" / "dataset.json").read_text())
     assert info["images"] == {"train": 1295, "validation": 142}
     assert info["checksums"].keys() == {"train"}
-    answers = evidence.read_arrays(tmp_path / "run" / "predictions.npz")
+    answers = inputs.read_arrays(tmp_path / "run" / "predictions.npz")
     right = np.mean(answers["classes"][:, 0] == answers["label"])
     assert right == pytest.approx(results["validation_ema"]["accuracy"])
     page = (tmp_path / "run" / "report.html").read_text()
@@ -524,7 +527,7 @@ def test_on_a_full_disk_a_run_trains_on_and_ends_with_a_sentence(data_dir, tmp_p
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "make_mesh", MAKE_MESH)
+    monkeypatch.setattr(sharding, "make_mesh", MAKE_MESH)
     config.train.batch_size = 100
     with pytest.raises(InputError, match=r"100, which 8 devices .* 96 or 104"):
         train_and_evaluate(config, tmp_path / "run")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import orbax.checkpoint as ocp
 import pytest
 
-from alexnet_jax import writers
+from alexnet_jax.run import writers
 
 
 def saved(folder, step):

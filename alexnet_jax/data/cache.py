@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import PIL
 
-from alexnet_jax.data.sources import Source
+from alexnet_jax.data.source import Source
 
 log = logging.getLogger(__name__)
 

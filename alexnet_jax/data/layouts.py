@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax import runtime
+from alexnet_jax import environment
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def kept(root: Path, name: str, split: str, ask: Callable[[], Layout]) -> Layout
         ask: Asks TFDS.
     """
     which = hashlib.sha256(json.dumps([str(root), name, split]).encode()).hexdigest()[:32]
-    path = runtime.cache_folder() / "layouts" / f"{which}.json"
+    path = environment.cache_folder() / "layouts" / f"{which}.json"
     layout = _read(path, root)
     if layout is None:
         layout = ask()

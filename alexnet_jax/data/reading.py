@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from absl import flags
 
-from alexnet_jax.data.sources import Source
+from alexnet_jax.data.source import Source
 from alexnet_jax.errors import InputError
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.linen import dtypes
 from jax import Array, lax
 
-from alexnet_jax.ops import amx, bfloat16, composed, convolution, machine, pooling
+from alexnet_jax.ops import amx, bfloat16, convolution, cpu_info, pooling, reference
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Ops(NamedTuple):
 
     conv_general_dilated: Callable[..., Array] = lax.conv_general_dilated
     max_pool: Callable[..., Array] = nn.max_pool
-    conv_relu_pool: Callable[..., Array] = composed.conv_relu_pool
+    conv_relu_pool: Callable[..., Array] = reference.conv_relu_pool
     dot_general: Callable[..., Array] = lax.dot_general
     promote_dtype: Callable[..., list[Any]] = dtypes.promote_dtype
 
@@ -45,7 +45,7 @@ def _by_products(conv_general_dilated: Callable[..., Array]) -> Ops:
         conv_general_dilated,
         pooling.max_pool,
         functools.partial(
-            composed.conv_relu_pool,
+            reference.conv_relu_pool,
             conv_general_dilated=conv_general_dilated,
             max_pool=pooling.max_pool,
         ),
@@ -88,10 +88,10 @@ def choose(switch: str, platform: str, dtype: str, *, devices: int = 1) -> Ops:
     if switch == "off" or (switch == "auto" and platform != "cpu"):
         return PLAIN
     how, why = "the CPU's kernels", f"config.cpu_kernels is {switch!r}"
-    few = platform == "cpu" and devices == 1 and machine.cores() <= _FEW
+    few = platform == "cpu" and devices == 1 and cpu_info.cores() <= _FEW
     ops = FEW_CORES if few else CPU
     if dtype == "bfloat16":
-        found = sorted(machine.BFLOAT16 & machine.instruction_sets())
+        found = sorted(cpu_info.BFLOAT16 & cpu_info.instruction_sets())
         if switch == "auto" and not found:
             log.warning(
                 "Convolution and pooling by XLA: this CPU has no AMX and no AVX-512 for bfloat16, "

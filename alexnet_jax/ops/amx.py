@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array, lax
 
-from alexnet_jax.ops import composed, pooling
+from alexnet_jax.ops import pooling, reference
 from alexnet_jax.ops.bfloat16 import apart, from_bits, multiply, row_major, to_bits
 from alexnet_jax.ops.convolution import drop_in
 
@@ -47,7 +47,7 @@ def conv_relu_pool(
         fused = pool == (2, 2) and images.shape[1] % 2 == images.shape[2] % 2 == 0
         x = _conv_relu_pool(images, kernel, bias, fused)
         return x if fused or pool is None else nn.max_pool(x, (pool[0],) * 2, (pool[1],) * 2)
-    return composed.conv_relu_pool(
+    return reference.conv_relu_pool(
         images, kernel, bias, stride=stride, pool=pool, max_pool=pooling.max_pool
     )
 

@@ -1,0 +1,1 @@
+"""Saving a run, reading its weights, and starting from another run's."""

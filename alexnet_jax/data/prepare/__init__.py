@@ -1,0 +1,1 @@
+"""From archives, folders and TFDS to prepared data sets."""

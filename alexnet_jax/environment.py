@@ -1,0 +1,118 @@
+"""What a program sets up before JAX starts: how memory is kept, and compiled programs."""
+
+import ctypes
+import functools
+import importlib.util
+import itertools
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+# Of glibc's <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_CACHE_BYTES = 2**30
+
+
+def prepare() -> list[str]:
+    """Applies the settings of this module; for programs, before they compute anything.
+
+    Returns:
+        What was done, as sentences for the log.
+    """
+    return [note for note in (keep_freed_memory(), keep_compiled_programs()) if note]
+
+
+def cache_folder() -> Path:
+    """Returns where the user's own cache of this library lies, which may not be there yet."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as of some containers
+        home = Path(_folder_of_this_process().name)
+    return home / "alexnet_jax"
+
+
+@functools.cache
+def _folder_of_this_process() -> tempfile.TemporaryDirectory[str]:
+    # Not one for all processes: in a folder for everyone, that name could be another user's.
+    return tempfile.TemporaryDirectory(prefix="cache-")
+
+
+def keep_freed_memory() -> str:
+    """Lets glibc reuse the memory of one step in the next, not return it to the system between.
+
+    On a CPU every array of a step is allocated anew, and fresh pages cost more than what is
+    written into them: a step of the reference network took 1.09 to 1.25 times as long without
+    this (2 cores, `docs/performance.md`). An environment variable ``MALLOC_...`` that is set
+    is obeyed instead. Without glibc nothing is done.
+    """
+    given = [name for name in os.environ if name.startswith("MALLOC_")]
+    if given:
+        return f"Freed memory is kept or not as {', '.join(sorted(given))} says."
+    if platform.libc_ver()[0] != "glibc":
+        return ""
+    libc = ctypes.CDLL(None)
+    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_ARENA_MAX: 1}
+    if not all(libc.mallopt(key, value) for key, value in settings.items()):
+        return ""
+    return "Freed memory is kept for the next step (variables MALLOC_... override it)."
+
+
+def keep_compiled_programs() -> str:
+    """Keeps compiled programs on disk, so that a second run of the same network starts at once.
+
+    They lie in ``~/.cache/alexnet_jax/programs``, or under ``$XDG_CACHE_HOME``, at most a GiB of
+    them, the last used. JAX's own settings come first: ``JAX_COMPILATION_CACHE_DIR`` names
+    another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing.
+    """
+    import jax  # takes a second, which programs that only ask for GPUs do without
+
+    given = jax.config.values
+    if not given["jax_enable_compilation_cache"] or given["jax_compilation_cache_dir"]:
+        return ""
+    folder = cache_folder() / "programs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_torn(folder)
+    except OSError as error:
+        return f"Compiled programs are not kept: {error}."
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+    # A program too small to be kept by default is still slower to compile than to read.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return f"Compiled programs are kept in {folder}."
+
+
+def _remove_torn(folder: Path) -> None:
+    """Removes the programs that a killed process has left half-written.
+
+    JAX would warn of each at every start, and never replace it. It writes the time of use after
+    the program itself, so what has no time is torn, unless it is being written now; while JAX
+    writes, it holds this lock.
+    """
+    import filelock
+
+    with filelock.FileLock(folder / ".lockfile", timeout=10):
+        for program in folder.glob("*-cache"):
+            if not program.with_name(f"{program.name.removesuffix('cache')}atime").exists():
+                program.unlink()
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """Names the GPUs that JAX may use; none without its CUDA plugin.
+
+    JAX itself would take their memory by looking; for programs that share them out.
+
+    Args:
+        environment: The variables that say so.
+    """
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    platforms = environment.get("JAX_PLATFORMS") or "cuda"  # JAX takes "" for unset
+    if not any(map(importlib.util.find_spec, plugins)) or "cuda" not in platforms:
+        return []
+    given = environment.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        names = [name for name in given.split(",") if name]
+        return list(itertools.takewhile(lambda name: not name.startswith("-"), names))  # as CUDA
+    return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]

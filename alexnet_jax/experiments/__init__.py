@@ -1,0 +1,1 @@
+"""Many runs: aggregated, compared, searched, reported."""

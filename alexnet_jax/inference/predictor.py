@@ -1,0 +1,278 @@
+"""A trained network, opened from its run folder and asked what images show."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from ml_collections import ConfigDict
+from PIL import Image
+
+from alexnet_jax import steps
+from alexnet_jax.checkpoint.reader import read_weights
+from alexnet_jax.config import input_size
+from alexnet_jax.data import augment, decode
+from alexnet_jax.distributed import replicas
+from alexnet_jax.errors import InputError, show
+from alexnet_jax.models import create_model
+from alexnet_jax.run import directory
+from alexnet_jax.state import TrainState
+
+# One image, or an array of many: a path, a Pillow image, or uint8 or uint16 pixels.
+ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
+
+# Images computed at once. Fewer are filled up to a power of two, so that 7 programs do for all.
+LARGEST_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What a network says of N images.
+
+    Attributes:
+        probabilities: float32[N, classes]; each row adds up to 1.
+        class_names: Of the columns.
+    """
+
+    probabilities: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+    @property
+    def labels(self) -> list[str]:
+        """The most probable class of each image."""
+        return [self.class_names[best] for best in self.probabilities.argmax(axis=1)]
+
+    def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """Returns the k most probable classes of each image, the most probable first.
+
+        Args:
+            k: How many; where there are fewer classes, all of them.
+
+        Returns:
+            For each image (class name, probability) k times.
+        """
+        ranked = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
+        return [
+            [(self.class_names[i], float(row[i])) for i in best]
+            for row, best in zip(self.probabilities, ranked, strict=True)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A trained network; `load` opens it.
+
+    Attributes:
+        folder: The run folder it comes from.
+        config: Of the run.
+        info: ``dataset.json`` of the run: what it was trained on.
+        module: The linen network, with XLA's own operations.
+        normalize: From uint8 images to what the module takes.
+        state: The weights of the run's steps and, where they are kept, their average; the
+            optimizer's part is empty.
+        averaged: Whether the network answers with the averaged weights.
+        accuracy: Of this checkpoint on the validation images, from 0 to 1; None if unknown, as of a
+            run of many seeds, whose checkpoints are told apart by the mean.
+        replica: Which of the run's seeds it is of, counted from 0.
+    """
+
+    folder: Path
+    config: ConfigDict
+    info: dict[str, Any]
+    module: nn.Module
+    normalize: augment.Normalize
+    state: TrainState
+    averaged: bool
+    accuracy: float | None
+    replica: int
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label."""
+        return tuple(self.info["class_names"])
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images it is given, in pixels; it may see the middle of them alone."""
+        return int(self.info["image_shape"][0])
+
+    @property
+    def step(self) -> int:
+        """Steps of training that made the weights."""
+        return int(self.state.step)
+
+    @functools.cached_property
+    def answering(self) -> TrainState:
+        """The state whose `variables` the network answers with."""
+        state = self.state.averaged() if self.averaged else self.state
+        return state.replace(ema={})
+
+    def prepare(self, given: ImageLike) -> np.ndarray:
+        """Brings one image into the form the network was trained on.
+
+        It is turned upright by its EXIF orientation, composed on white where it is transparent,
+        made 8-bit RGB, scaled by its short side, and cropped to its centre: the very code that
+        prepares training images.
+
+        Args:
+            given: A path, a Pillow image, or an array, uint8 or uint16, [H, W], [H, W, 1],
+                [H, W, 3] or [H, W, 4].
+
+        Returns:
+            uint8[S, S, 3], S being `image_size`.
+
+        Raises:
+            InputError: It cannot be read or decoded, or is none of these.
+        """
+        if isinstance(given, str | os.PathLike):
+            return decode.read_square(Path(given), self.image_size)
+        try:
+            if isinstance(given, np.ndarray):
+                given = decode.from_pixels(given)
+            if isinstance(given, Image.Image):
+                return decode.to_square(given, self.image_size)
+        except Exception as error:  # Pillow raises nearly every kind where a file is damaged.
+            raise InputError(f"An image cannot be used: {error}.") from error
+        raise InputError(
+            f"An image is {show(given)}, of type {type(given).__name__}; it must be a path, a "
+            "Pillow image, or a NumPy array of uint8 or uint16."
+        )
+
+    def predict(self, given: ImageLike | Iterable[ImageLike]) -> Predictions:
+        """Says of each image how probable each class is.
+
+        Of many images only `LARGEST_BATCH` are in memory at a time. The same image gets the same
+        answer, to rounding, whichever others are asked about with it.
+
+        Args:
+            given: One image as `prepare` takes it, several in a list, or an array of several:
+                uint8[N, H, W, C].
+
+        Raises:
+            InputError: An image cannot be used.
+        """
+        many: Any = given
+        if (
+            isinstance(given, str | os.PathLike)
+            or (isinstance(given, np.ndarray) and given.ndim < 4)
+            or not hasattr(given, "__iter__")
+        ):
+            many = [given]
+        found = [
+            np.asarray(jax.nn.softmax(jnp.asarray(self.logits(np.stack(chunk)))))
+            for chunk in _chunks(map(self.prepare, many), LARGEST_BATCH)
+        ]
+        nothing = np.zeros((0, len(self.class_names)), np.float32)
+        return Predictions(np.concatenate([nothing, *found]), self.class_names)
+
+    def logits(self, prepared: np.ndarray) -> np.ndarray:
+        """Returns the unnormalised log probabilities float32[N, classes].
+
+        Args:
+            prepared: uint8[N, S, S, 3], as `prepare` makes them.
+
+        Raises:
+            ValueError: The images are of another shape or dtype.
+        """
+        shape = (self.image_size, self.image_size, 3)
+        if prepared.shape[1:] != shape or prepared.dtype != np.uint8:
+            raise ValueError(
+                f"images are {prepared.dtype}{list(prepared.shape)}; they must be uint8[N, S, S, 3]"
+                f" with S = {self.image_size}"
+            )
+        found = [np.zeros((0, len(self.class_names)), np.float32)]
+        for start in range(0, len(prepared), LARGEST_BATCH):
+            batch = prepared[start : start + LARGEST_BATCH]
+            size = 1 << (len(batch) - 1).bit_length()
+            padded = np.pad(batch, [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)])
+            found.append(np.asarray(self._compiled(self.answering, padded))[: len(batch)])
+        return np.concatenate(found)
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[[TrainState, np.ndarray], Array]:
+        return jax.jit(
+            functools.partial(steps.predict_step, model=self.module, normalize=self.normalize)
+        )
+
+
+def load(
+    run: str | os.PathLike[str],
+    *,
+    checkpoint: str | int = "newest",
+    averaged: bool = True,
+    seed: int | None = None,
+) -> Network:
+    """Opens the network of a run; see `alexnet_jax.load`."""
+    try:
+        folder = Path(run).expanduser().absolute()
+        there = folder.is_dir()
+    except (RuntimeError, ValueError):  # ~name of nobody, or a zero byte
+        there = False
+    if not there:
+        raise InputError(
+            f"the run folder {os.fspath(run)} is not there; name one, e.g. runs/digits."
+        )
+    config = directory.read_config(folder)
+    info = directory.read_dataset(folder)
+    module = create_model(config.model, num_classes=len(info["class_names"]))
+    side = input_size(config.data)
+    blank = jnp.zeros((1, side, side, 3))
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), blank, train=False))
+    trained = replicas.seeds(config.seed, config.num_seeds).tolist()
+    if seed is not None and seed not in trained:
+        raise InputError(
+            f"the run in {folder} has no network of seed {show(seed)}; it has {trained[0]}"
+            + (f" to {trained[-1]}." if len(trained) > 1 else ".")
+        )
+    if len(trained) > 1:
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((len(trained), *x.shape), x.dtype), shapes
+        )
+    ema = config.train.ema_decay > 0
+    weights = read_weights(folder / directory.CHECKPOINTS, checkpoint, shapes, ema=ema)
+    arrays = (weights.params, weights.model_state, weights.ema)
+    replica = 0 if seed is None else trained.index(seed)
+    if len(trained) > 1:
+        arrays = replicas.pick(arrays, replica)
+    params, model_state, average = arrays
+    return Network(
+        folder=folder,
+        config=config,
+        info=info,
+        module=module,
+        normalize=augment.create_normalize(
+            tuple(info["mean"]), tuple(info["deviation"]), config.data.crop_size
+        ),
+        state=TrainState(
+            step=jnp.int32(weights.step),
+            params=params,
+            model_state=model_state,
+            opt_state=(),
+            ema=average,
+            key=jax.random.key(trained[replica]),
+        ),
+        averaged=averaged and ema,
+        accuracy=weights.accuracy if len(trained) == 1 else None,
+        replica=replica,
+    )
+
+
+def _chunks(items: Iterable[np.ndarray], size: int) -> Iterator[Sequence[np.ndarray]]:
+    chunk = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
