@@ -42,25 +42,27 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.data.image_size = 32  # pixels; images of another size are resized
     config.data.crop_size = 0  # pixels of it that the network sees, of anywhere while training and
     #                            of the middle otherwise; 0 is all
-    config.data.normalize = "deviation"  # to mean 0 and deviation 1; "mean": 0..255 minus the mean
-    config.data.resident = "auto"  # "on" the devices, "off" streams; "auto" by memory: docs/data.md
+    config.data.normalization = "standardize"  # or "subtract_mean": 0..255 minus the mean
+    config.data.in_memory = (
+        "auto"  # "on" the devices, "off" streams; "auto" by memory: docs/data.md
+    )
     config.data.workers = 2  # processes that read where images are streamed; 0 reads in threads
-    config.data.read_ahead = 2  # batches that each of these has ready, or threads
+    config.data.prefetch = 2  # batches that each of these has ready, or threads
 
     config.augment = ConfigDict()
     config.augment.crop_padding = 4  # pixels of reflected border before a random crop; 0 is off
-    config.augment.crop_fill = "reflect"  # or "black", what fills the border
+    config.augment.pad_mode = "reflect"  # or "constant", what fills the border
     config.augment.flip = True  # mirror left-right with probability 1/2
     config.augment.alternating_flip = False  # in place of that every other epoch, half by half
     config.augment.cutout = 0  # side in pixels of a square that is covered; 0 is off
-    config.augment.pca_colour = 0.0  # deviation along the principal colours, in theirs; paper: 0.1
+    config.augment.pca_jitter = 0.0  # deviation along the principal colours, in theirs; paper: 0.1
 
     config.model = ConfigDict({"name": model, **model_options(model)})
 
     config.init = ConfigDict()
-    config.init.run = ""  # a run folder whose network this one begins as; "" begins anew
+    config.init.from_run = ""  # a run folder whose network this one begins as; "" begins anew
     config.init.checkpoint = "newest"  # of it, or "best", or a step
-    config.init.anew = ("logits/*",)  # parameters that begin anew all the same
+    config.init.reinitialize = ("logits/*",)  # parameters that begin anew all the same
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"  # "adam", "adamw", "sgd", "sgd_2012"
@@ -68,10 +70,10 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.optimizer.schedule = "cosine"  # after warm-up: "constant", "cosine", "linear", "step",
     #                                       and "plateau", which goes by the validation accuracy
     config.optimizer.warmup_epochs = 0.0
-    config.optimizer.final_fraction = 0.0  # of the peak rate, at the end of "cosine", "linear"
+    config.optimizer.end_lr_fraction = 0.0  # of the peak rate, at the end of "cosine", "linear"
     config.optimizer.step_epochs = (10, 15)  # "step" multiplies the rate by step_factor here
     config.optimizer.step_factor = 0.1
-    config.optimizer.plateau_epochs = 5  # without improvement, after which "plateau" does so, too
+    config.optimizer.plateau_patience = 5  # without improvement, after which "plateau" does so, too
     config.optimizer.b1 = 0.9  # Adam's decay rates and epsilon
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
@@ -81,11 +83,15 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.optimizer.rate_patterns = ()  # parameters, as "norm*/bias", whose learning rate is
     config.optimizer.rate_factors = ()  # multiplied by these
     config.optimizer.frozen = ()  # parameters, as "conv*", that stay as they begin
-    config.optimizer.muon_rate = 0.0  # peak learning rate of Muon on muon_pattern; 0 is off
+    config.optimizer.muon_learning_rate = (
+        0.0  # peak learning rate of Muon on muon_pattern; 0 is off
+    )
     config.optimizer.muon_pattern = "conv*/kernel"  # kernels with a normalisation behind them
     config.optimizer.muon_momentum = 0.95
     config.optimizer.muon_weight_decay = 0.0  # decoupled
-    config.optimizer.muon_unit_filters = False  # keep those kernels at the norm of unit filters
+    config.optimizer.muon_normalize_filters = (
+        False  # keep those kernels at the norm of unit filters
+    )
     config.optimizer.lookahead_period = 0  # updates between steps of slow weights; 0 is off
     config.optimizer.lookahead_decay = 0.5  # share of the slow weights that these steps keep
     config.optimizer.lookahead_power = 0.0  # 0: always; else times (updates made / all) ** power
@@ -98,13 +104,13 @@ def default_config(model: str = "alexnet") -> ConfigDict:
     config.train.label_smoothing = 0.0
     config.train.ema_decay = 0.0  # of an average of the weights, which is then evaluated; 0 is off
     config.train.steps_per_dispatch = 0  # steps per call into the device; 0 chooses
+
+    config.eval = ConfigDict()
     # Rounded up to a multiple of the devices. Of CIFAR-10's default network, this many images fit
     # into the memory that a training step leaves.
-    config.train.eval_batch_size = 250
-
-    config.test = ConfigDict()
-    config.test.measure = True  # at the end; False never opens the test set: for runs to choose by
-    config.test.views = "none"  # measured beside: "flip", "flip_translate", "ten_crop"
+    config.eval.batch_size = 250
+    config.eval.test = True  # at the end; False never opens the test set: for runs to choose by
+    config.eval.tta = "none"  # measured beside: "flip", "flip_translate", "ten_crop"
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_seconds = 300.0  # beside those after each epoch; 0 is off
@@ -117,7 +123,7 @@ def default_config(model: str = "alexnet") -> ConfigDict:
 # What may change between the runs that share a folder: where things lie and how often they are
 # written, never what is computed.
 FREE_KEYS = frozenset(
-    {"data.data_dir", "data.resident", "data.workers", "data.read_ahead"}
+    {"data.data_dir", "data.in_memory", "data.workers", "data.prefetch"}
     | {"checkpoint.every_seconds", "writers.tensorboard"}
 )
 
@@ -159,14 +165,14 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.validation_fraction": _FRACTION,
     "data.image_size": ((lambda value: 8 <= value <= 1024), "between 8 and 1024"),
     "data.crop_size": ((lambda value: value == 0 or 8 <= value <= 1024), "0, or from 8 to 1024"),
-    "data.normalize": _one_of("deviation", "mean"),
-    "data.resident": _one_of("auto", "on", "off"),
+    "data.normalization": _one_of("standardize", "subtract_mean"),
+    "data.in_memory": _one_of("auto", "on", "off"),
     "data.workers": _at_least(0),
-    "data.read_ahead": _at_least(1),
+    "data.prefetch": _at_least(1),
     "augment.crop_padding": _at_least(0),
-    "augment.crop_fill": _one_of("reflect", "black"),
+    "augment.pad_mode": _one_of("reflect", "constant"),
     "augment.cutout": _count(0),
-    "augment.pca_colour": _at_least(0),
+    "augment.pca_jitter": _at_least(0),
     "init.checkpoint": (
         (lambda value: value in ("newest", "best") or (value.isdecimal() and len(value) < 12)),
         '"newest", "best" or the number of a step',
@@ -175,13 +181,13 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.schedule": _one_of("constant", "cosine", "linear", "step", "plateau"),
     "optimizer.warmup_epochs": _at_least(0),
-    "optimizer.final_fraction": ((lambda value: 0 <= value <= 1), "between 0 and 1"),
+    "optimizer.end_lr_fraction": ((lambda value: 0 <= value <= 1), "between 0 and 1"),
     "optimizer.step_epochs": (
         (lambda value: all(epoch > 0 for epoch in value)),
         "epochs greater than 0",
     ),
     "optimizer.step_factor": ((lambda value: 0 < value <= 1), "greater than 0 and at most 1"),
-    "optimizer.plateau_epochs": _count(1),
+    "optimizer.plateau_patience": _count(1),
     "optimizer.b1": _FRACTION,
     "optimizer.b2": _FRACTION,
     "optimizer.eps": _POSITIVE,
@@ -193,7 +199,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         (lambda value: all(type(x) in (int, float) and 0 < x <= 1e6 for x in value)),
         "numbers greater than 0 and at most 1e6",
     ),
-    "optimizer.muon_rate": _at_least(0),
+    "optimizer.muon_learning_rate": _at_least(0),
     "optimizer.muon_momentum": _FRACTION,
     "optimizer.muon_weight_decay": _at_least(0),
     "optimizer.lookahead_period": _count(0),
@@ -206,8 +212,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train.label_smoothing": _FRACTION,
     "train.ema_decay": _FRACTION,
     "train.steps_per_dispatch": _count(0),
-    "train.eval_batch_size": _count(1),
-    "test.views": _one_of(*VIEWS),
+    "eval.batch_size": _count(1),
+    "eval.tta": _one_of(*VIEWS),
     "checkpoint.every_seconds": _at_least(0),
 }
 
@@ -342,9 +348,9 @@ def _check_together(config: ConfigDict) -> None:
             f"config.optimizer.warmup_epochs is {optimizer.warmup_epochs}; "
             f"it must be at most config.train.epochs, {train.epochs}."
         )
-    if not config.test.measure and not config.data.validation_fraction:
+    if not config.eval.test and not config.data.validation_fraction:
         raise InputError(
-            "config.test.measure is False and config.data.validation_fraction is 0; nothing would "
+            "config.eval.test is False and config.data.validation_fraction is 0; nothing would "
             "tell how good the network is: hold out validation images, or measure on the test set."
         )
     if len(optimizer.rate_patterns) != len(optimizer.rate_factors):
@@ -352,15 +358,15 @@ def _check_together(config: ConfigDict) -> None:
             f"config.optimizer.rate_factors is {optimizer.rate_factors}; it must have one factor "
             f"for each of config.optimizer.rate_patterns, {optimizer.rate_patterns}."
         )
-    if optimizer.muon_unit_filters:
-        if not optimizer.muon_rate:
+    if optimizer.muon_normalize_filters:
+        if not optimizer.muon_learning_rate:
             raise InputError(
-                "config.optimizer.muon_unit_filters is True and config.optimizer.muon_rate is 0; "
+                "config.optimizer.muon_normalize_filters is True and config.optimizer.muon_learning_rate is 0; "
                 "the first is about Muon's kernels, and needs the second."
             )
         if config.model.get("norm") == "none":
             raise InputError(
-                "config.optimizer.muon_unit_filters is True and config.model.norm is 'none'; it "
+                "config.optimizer.muon_normalize_filters is True and config.model.norm is 'none'; it "
                 "holds kernels at one size, so a normalisation must stand behind them: 'batch'."
             )
     if optimizer.lookahead_power and not optimizer.lookahead_period:
@@ -373,11 +379,9 @@ def _check_together(config: ConfigDict) -> None:
             f"config.augment.cutout is {config.augment.cutout}; it must be less than the side of "
             f"the images, {input_size(config.data)}."
         )
-    if config.test.views == "ten_crop" and not (
-        config.augment.crop_padding or config.data.crop_size
-    ):
+    if config.eval.tta == "ten_crop" and not (config.augment.crop_padding or config.data.crop_size):
         raise InputError(
-            "config.test.views is 'ten_crop', and both config.augment.crop_padding and "
+            "config.eval.tta is 'ten_crop', and both config.augment.crop_padding and "
             "config.data.crop_size are 0; the crops are of images with a border of the first, or "
             "have the size of the second."
         )

@@ -105,7 +105,7 @@ def evaluate_network(
     """
     config = network.config.copy_and_resolve_references()
     if data is not None:
-        for name in ("image_size", "crop_size", "normalize"):
+        for name in ("image_size", "crop_size", "normalization"):
             if data[name] != config.data[name]:
                 raise InputError(
                     f"config.data.{name} is {show(data[name])}; the network was trained with "
@@ -113,7 +113,7 @@ def evaluate_network(
                 )
         config.data = data
     if views is not None:
-        config.test.views = views
+        config.eval.tta = views
     validate(config)
     mesh = sharding.make_mesh()
     opened = load_split(config, mesh, split)

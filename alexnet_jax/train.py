@@ -129,8 +129,8 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         if first:
             directory.check_dataset(folder, data.info)
     processes.same_everywhere(data.info, "the data set")
-    # By the memory of each, unless config.data.resident says so; the programs would not meet.
-    processes.same_everywhere(data.resident, "which of the images fit into the memory")
+    # By the memory of each, unless config.data.in_memory says so; the programs would not meet.
+    processes.same_everywhere(data.in_memory, "which of the images fit into the memory")
     steps_per_epoch = data.steps_per_epoch
 
     platform = mesh.devices.flat[0].platform
@@ -247,7 +247,7 @@ def _build(
     if count > 1 and streams:
         raise InputError(
             f"config.num_seeds is {count}, and the images are streamed, in one order; many seeds "
-            "need them on the devices (config.data.resident), or a run each."
+            "need them on the devices (config.data.in_memory), or a run each."
         )
     if streams:
         compiled = sharding.compile_update(one_step, mesh)

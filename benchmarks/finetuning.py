@@ -23,7 +23,7 @@ from alexnet_jax.run import directory  # noqa: E402  (the path comes first)
 IMAGES_A_CLASS = 50
 # The learning rates are usual ones of their kind; none was chosen on these images.
 WAYS = {
-    "from scratch": ("--config.init.run=", "--config.optimizer.learning_rate=2e-3"),
+    "from scratch": ("--config.init.from_run=", "--config.optimizer.learning_rate=2e-3"),
     "all layers": (),
     "convolutions at a tenth of the rate": (
         "--config.optimizer.learning_rate=2e-3",

@@ -39,7 +39,7 @@ def measure(way: str, options: dict[str, Any], answer: Any) -> None:
     config.data.name = options["name"]
     config.data.data_dir = options["data_dir"]
     config.data.image_size = options["image_size"]
-    config.data.resident = "on" if workers is None else "off"
+    config.data.in_memory = "on" if workers is None else "off"
     config.data.workers = workers or 0
     config.train.epochs = 1000
     mesh = sharding.make_mesh()

@@ -48,9 +48,9 @@ STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     (
         "muon",
         {
-            "optimizer.muon_rate": 0.04,
+            "optimizer.muon_learning_rate": 0.04,
             "optimizer.muon_momentum": 0.9,
-            "optimizer.muon_unit_filters": True,
+            "optimizer.muon_normalize_filters": True,
         },
     ),
     ("widths", {"model.features": (64, 64, 192, 192, 256)}),
@@ -63,8 +63,8 @@ def get_config(row: str = "0") -> ConfigDict:
         raise InputError(f"there is no row {row!r}; it must be a number from 0 to {len(STEPS) - 1}")
     classic = Path(__file__).with_name("cifar10_classic.py")
     config: ConfigDict = runpy.run_path(str(classic))["get_config"]()
-    config.test.views = "flip_translate"
-    config.test.measure = False
+    config.eval.tta = "flip_translate"
+    config.eval.test = False
     for _, changes in STEPS[: int(row) + 1]:
         config.update_from_flattened_dict(changes)
     return config

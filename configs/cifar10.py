@@ -44,5 +44,5 @@ def get_config() -> ConfigDict:
     config.optimizer.rate_patterns = ("norm*/bias", "conv*/kernel")
     config.optimizer.rate_factors = (10.0, 4.0)
     config.train.label_smoothing = 0.1
-    config.test.views = "flip_translate"
+    config.eval.tta = "flip_translate"
     return config

@@ -22,5 +22,5 @@ def get_config() -> ConfigDict:
     config.augment.crop_padding = 2
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_epochs = 1.0
-    config.test.views = "flip"
+    config.eval.tta = "flip"
     return config

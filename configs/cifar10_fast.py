@@ -36,11 +36,11 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.02
     config.optimizer.rate_patterns = ("norm*/bias",)
     config.optimizer.rate_factors = (10.0,)
-    config.optimizer.muon_rate = 0.12
+    config.optimizer.muon_learning_rate = 0.12
     config.optimizer.muon_momentum = 0.6
-    config.optimizer.muon_unit_filters = True
+    config.optimizer.muon_normalize_filters = True
     config.train.batch_size = 256
     config.train.epochs = 3
     config.train.label_smoothing = 0.1
-    config.test.views = "flip_translate"
+    config.eval.tta = "flip_translate"
     return config

@@ -22,10 +22,10 @@ def get_config(run: str = "") -> ConfigDict:
         start = directory.read_config(Path(run).expanduser())
         config = default_config(start.model.name)
         config.model.update(start.model)
-        for key in ("image_size", "crop_size", "normalize"):
+        for key in ("image_size", "crop_size", "normalization"):
             config.data[key] = start.data[key]
         config.augment.update(start.augment)
-        config.init.run = run
+        config.init.from_run = run
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 3e-4
     config.optimizer.weight_decay = 0.01

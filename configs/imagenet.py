@@ -22,12 +22,12 @@ def get_config(model: str = "alexnet_2012") -> ConfigDict:
     config.data.crop_size = 227 if model == "alexnet_2012" else 224
     config.data.workers = 8
     config.augment.crop_padding = 0
-    config.augment.pca_colour = 0.1
+    config.augment.pca_jitter = 0.1
     config.train.batch_size = 128
     config.train.epochs = 90
-    config.train.eval_batch_size = 512
+    config.eval.batch_size = 512
     if model == "alexnet_2012":  # the kernels begin so small that unit variance would vanish
-        config.data.normalize = "mean"
+        config.data.normalization = "subtract_mean"
     config.optimizer.name = "sgd_2012"
     config.optimizer.learning_rate = 0.01
     config.optimizer.momentum = 0.9

@@ -19,7 +19,7 @@ finished and goes on in the one that is not. What follows -- goes to every run. 
 holds table.md, comparison.png and comparison.html, as of scripts/compare.py.
 
 The rows are for choosing, so they are told apart on validation images, held out of the training
-images, and the test set stays closed; --config.test.measure behind -- opens it, for a last report.
+images, and the test set stays closed; --config.eval.test behind -- opens it, for a last report.
 
 examples:
   python scripts/ablation.py --num_seeds=3 -- --config.data.name=cifar10_jpeg

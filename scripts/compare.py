@@ -16,12 +16,12 @@ trained and goes on in what is not. What follows -- goes to every run. WORKDIR t
 comparison.png (accuracy on the validation images against time, with the deviation over the seeds)
 and comparison.html.
 
-To choose between configs, keep the test set closed: -- --noconfig.test.measure
+To choose between configs, keep the test set closed: -- --noconfig.eval.test
 
 examples:
   python scripts/compare.py configs/cifar10.py configs/resnet18.py configs/vgg11.py
   python scripts/compare.py configs/cifar10.py configs/cifar10_classic.py --seeds=5 \\
-      --workdir=runs/two -- --noconfig.test.measure --config.train.epochs=5
+      --workdir=runs/two -- --noconfig.eval.test --config.train.epochs=5
 
 Exit codes: 0 done, {common.EXIT_CODES}, or that of the
 run that ended otherwise, such as 75, interrupted and saved.

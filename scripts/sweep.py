@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     workdir = options.workdir or Path("runs", f"{Path(options.config.split(':')[0]).stem}-sweep")
     space = search_space.parse_space(options.range, options.choice, config)
     searched = [f"config.{one.key}" for one in space]
-    taken = ("config", "workdir", "config.test.measure", *searched)
+    taken = ("config", "workdir", "config.eval.test", *searched)
     common.check_flags(flags, taken, "the sweep")
     search = sweep.Sweep(
         folder=workdir,

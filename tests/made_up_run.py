@@ -29,7 +29,7 @@ def tiny_config(data_dir):
     config.model.hidden = (16,)
     config.model.norm = "batch"
     config.train.ema_decay = 0.5
-    config.train.eval_batch_size = 100
+    config.eval.batch_size = 100
     return config
 
 

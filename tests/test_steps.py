@@ -519,7 +519,7 @@ def test_views_are_predicted_one_by_one_and_averaged():
     images = examples(0, 6)[0]
     predict = functools.partial(predict_step, model=model, normalize=NORMALIZE)
     config = default_config()
-    config.test.views = "flip"
+    config.eval.tta = "flip"
     ours = jax.jit(functools.partial(predict, views=create_views(config)))(state, images)
     theirs = (predict(state, images) + predict(state, images[:, :, ::-1])) / 2
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -69,7 +69,7 @@ def tiny_config(data_dir):
     config.train.batch_size = 128
     config.train.epochs = 3
     config.train.ema_decay = 0.5
-    config.train.eval_batch_size = 100
+    config.eval.batch_size = 100
     config.writers.tensorboard = False
     return config
 
@@ -233,7 +233,7 @@ def test_the_test_set_is_read_once_and_last(whole_run, read_and_measured):
     ("stop_at", "changes"),
     [
         (7, {"checkpoint.every_seconds": 1e-6}),  # saved after each step, too
-        (14, {"data.resident": "off", "data.workers": 0}),
+        (14, {"data.in_memory": "off", "data.workers": 0}),
     ],
 )
 def test_stopped_by_sigterm_and_resumed_is_bit_equal(whole_run, config, tmp_path, stop_at, changes):
@@ -265,10 +265,10 @@ def test_a_request_during_the_last_validation_is_answered(config, tmp_path, monk
 
 def test_validation_images_that_round_to_none(config, tmp_path, caplog):
     config.data.validation_fraction = 0.003
-    config.test.measure = False
+    config.eval.test = False
     with pytest.raises(InputError, match=r"less than one image of each class .* raise it"):
         train_and_evaluate(config, tmp_path / "untested")
-    config.test.measure = True
+    config.eval.test = True
     config.train.epochs = 1
     config.optimizer.schedule = "plateau"
     with pytest.raises(InputError, match="'plateau', goes by"):
@@ -358,7 +358,7 @@ def test_steps_per_dispatch_changes_only_the_records(whole_run, config, tmp_path
             "optimizer.name": "sgd",
             "optimizer.clip_norm": 1.0,
             "optimizer.accumulate_steps": 2,
-            "optimizer.muon_rate": 0.05,
+            "optimizer.muon_learning_rate": 0.05,
             "optimizer.rate_patterns": ("norm*/bias",),
             "optimizer.rate_factors": (64.0,),
             "optimizer.lookahead_period": 2,
@@ -367,7 +367,7 @@ def test_steps_per_dispatch_changes_only_the_records(whole_run, config, tmp_path
             "augment.flip": True,
             "augment.alternating_flip": True,
             "augment.cutout": 2,
-            "test.views": "flip",
+            "eval.tta": "flip",
         },
         {"data.validation_fraction": 0.0, "train.ema_decay": 0.0, "model.norm": "none"},
     ],
@@ -378,7 +378,7 @@ def test_options_run(config, tmp_path, changes):
     results = train_and_evaluate(config, tmp_path / "run")
     assert np.isfinite(results["test"]["loss"])
     assert ("validation" in results) == (config.data.validation_fraction > 0)
-    if config.test.views != "none":
+    if config.eval.tta != "none":
         assert results.keys() >= {"validation_tta", "test_tta", "test_tta_ema"}
         assert records(tmp_path / "run")[-1]["split"] == "test_tta_ema"
         assert results["test_tta"]["loss"] != results["test"]["loss"]
@@ -465,7 +465,7 @@ def test_a_run_to_choose_by_does_without_the_test_set(config, tmp_path, monkeypa
     config.data.data_dir = str(tmp_path / "data")
     for path in (tmp_path / "data").rglob("digits-test.array_record*"):
         path.unlink()
-    config.test.measure = False
+    config.eval.test = False
     results = train_and_evaluate(config, tmp_path / "run")
     measured = [name for name in results if name.startswith(("validation", "test"))]
     assert measured == ["validation", "validation_ema"]

@@ -52,7 +52,7 @@ class Start:
         for pattern in self.anew:
             if not any(fnmatchcase(name, pattern) for name in names[1].values()):
                 raise InputError(
-                    f"config.init.anew has {pattern!r}, which matches none of the parameters: "
+                    f"config.init.reinitialize has {pattern!r}, which matches none of the parameters: "
                     f"{', '.join(names[1].values())}."
                 )
         theirs, ours = (
@@ -72,9 +72,9 @@ class Start:
             if shapes[0] != shapes[1]:
                 name = (names[0] | names[1])[path]
                 raise InputError(
-                    f"{name} is {shapes[0]} in {self.run}, which config.init.run names, and "
+                    f"{name} is {shapes[0]} in {self.run}, which config.init.from_run names, and "
                     f"{shapes[1]} here; make the networks alike (the size of the images counts, "
-                    "too), or let it begin anew by config.init.anew."
+                    "too), or let it begin anew by config.init.reinitialize."
                 )
         return unflatten_dict(theirs)
 
@@ -97,44 +97,48 @@ def open_start(config: ConfigDict, folder: Path) -> Start:
     Raises:
         InputError: There is no such run, it cannot be used, or it has changed since this one began.
     """
-    if not config.init.run:
+    if not config.init.from_run:
         return Start()
     before = directory.read_json(folder / directory.DATASET) or {}
     if "start" in before and (folder / directory.SAVED).exists():
         return Start(info={key: before[key] for key in ("mean", "deviation", "start")})
     which = config.init.checkpoint
-    network = predictor.load(config.init.run, checkpoint=int(which) if which.isdecimal() else which)
+    network = predictor.load(
+        config.init.from_run, checkpoint=int(which) if which.isdecimal() else which
+    )
     variables = network.answering.variables
     arrays = sorted(
         (path, found["crc32"]) for path, found in checksums.fingerprints(variables).items()
     )
     start = {
-        "run": config.init.run,
+        "run": config.init.from_run,
         "step": network.step,
         "checksum": f"{zlib.crc32(repr(arrays).encode()):08x}",
     }
     if directory.has_begun(folder) and before.get("start", start)["checksum"] != start["checksum"]:
         raise InputError(
-            f"the weights in {config.init.run} have changed since this run began, and it has saved "
+            f"the weights in {config.init.from_run} have changed since this run began, and it has saved "
             f"nothing yet: they were of step {before['start']['step']:,} with checksum "
             f"{before['start']['checksum']} and are of step {start['step']:,} with "
             f"{start['checksum']}; start anew with another --workdir."
         )
-    log.info("Beginning as the network of %s at step %s.", config.init.run, f"{network.step:,}")
+    log.info(
+        "Beginning as the network of %s at step %s.", config.init.from_run, f"{network.step:,}"
+    )
     for key, value in config.model.items():
         theirs = network.config.model.get(key)
         if key not in _FREE and value != theirs:
             log.warning("config.model.%s is %s there and %s here.", key, theirs, value)
-    if config.data.normalize != (theirs := network.config.data.normalize):
+    if config.data.normalization != (theirs := network.config.data.normalization):
         log.warning(
-            "config.data.normalize is %s there and %s here; images are normalised as there.",
+            "config.data.normalization is %s there and %s here; images are normalised as there.",
             theirs,
-            config.data.normalize,
+            config.data.normalization,
         )
     return Start(
         variables=variables,
-        anew=tuple(config.init.anew),
-        run=config.init.run,
+        anew=tuple(config.init.reinitialize),
+        run=config.init.from_run,
         info={
             "mean": network.info["mean"],
             "deviation": network.info["deviation"],

@@ -20,7 +20,7 @@ def with_border(images: Array, padding: int, fill: str = "reflect") -> Array:
     Args:
         images: [B, H, W, C].
         padding: Pixels on each side; by reflection less than H and W.
-        fill: "reflect" fills by reflection, "black" with zeros.
+        fill: "reflect" fills by reflection, "constant" with zeros.
 
     Returns:
         [B, H + 2 padding, W + 2 padding, C].
@@ -168,7 +168,7 @@ def create_augment(
         config: The section; its `alternating_flip` is a matter of the step, which knows the epoch.
         mean: Of each channel, on the scale 0..1, for what is to be covered.
         crop_size: `config.data.crop_size`.
-        colours: Of `principal_colours`, if the section asks for `pca_colour`.
+        colours: Of `principal_colours`, if the section asks for `pca_jitter`.
     """
     fill = tuple(round(255 * value) for value in mean)
 
@@ -177,15 +177,15 @@ def create_augment(
         if crop_size:
             images = random_window(jax.random.fold_in(key, 4), images, crop_size)
         if config.crop_padding:
-            images = random_crop(crop_key, images, config.crop_padding, config.crop_fill)
+            images = random_crop(crop_key, images, config.crop_padding, config.pad_mode)
         if config.flip and not config.alternating_flip:
             images = random_flip(flip_key, images)
         # Folded in, so that the other draws are the same with these and without.
         if config.cutout:
             images = cutout(jax.random.fold_in(key, 2), images, config.cutout, fill)
-        if config.pca_colour:
+        if config.pca_jitter:
             colour_key = jax.random.fold_in(key, 3)
-            images = shift_colours(colour_key, images, np.array(colours), config.pca_colour)
+            images = shift_colours(colour_key, images, np.array(colours), config.pca_jitter)
         return images
 
     return augment

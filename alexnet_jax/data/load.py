@@ -90,7 +90,7 @@ class RunData(NamedTuple):
             is not to see it.
         info: What ``dataset.json`` holds: names of the classes, shape, mean and deviation,
             principal colours where they are asked for, checksums of the files.
-        resident: By split, whether its images lie on the devices, or are streamed.
+        in_memory: By split, whether its images lie on the devices, or are streamed.
     """
 
     train: ResidentDataset | StreamedDataset
@@ -99,7 +99,7 @@ class RunData(NamedTuple):
     validation: list[sampling.Batch] | StreamedBatches
     read_test: Callable[[], list[sampling.Batch] | StreamedBatches] | None
     info: dict[str, Any]
-    resident: dict[str, bool]
+    in_memory: dict[str, bool]
 
     def examples(self, count: int) -> np.ndarray:
         """Returns training images uint8[N, S, S, 3] to look at, evenly spaced in the set.
@@ -130,7 +130,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
     started = time.monotonic()
     source = load_source(config.data, config.data.train_split)
     test = None
-    if config.test.measure:  # opened now, to know that it is there
+    if config.eval.test:  # opened now, to know that it is there
         test = load_source(config.data, config.data.test_split)
     resident = _is_resident(config.data, len(source), mesh)
     if resident:
@@ -147,13 +147,13 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
         _no_image_held_out(config)
     sample = first[_evenly_spaced(len(first), STATISTICS_PIXELS // config.data.image_size**2)]
     colours: dict[str, Any] = {}
-    if config.augment.pca_colour:
+    if config.augment.pca_jitter:
         some = first[_evenly_spaced(len(first), COLOUR_PIXELS // config.data.image_size**2)]
         examples = images[some] if resident else source.read(some)[0]
         colours["principal_colours"] = augment.principal_colours(examples)
     train: ResidentDataset | StreamedDataset
     validation: list[sampling.Batch] | StreamedBatches
-    measure_on = functools.partial(_measure_on, config.data, config.train.eval_batch_size, mesh)
+    measure_on = functools.partial(_measure_on, config.data, config.eval.batch_size, mesh)
     if resident:
         # In the background, since to fill so much new memory can take long (`cache._mapped`).
         thread = ThreadPoolExecutor(1)
@@ -162,9 +162,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
         count = functools.partial(count_values, images, sample)
         large = images.nbytes > cache.WORTH_KEEPING
         counts = _kept_counts(source, sample, config.data, count) if large else count()
-        validation = place_batches(
-            images[second], labels[second], config.train.eval_batch_size, mesh
-        )
+        validation = place_batches(images[second], labels[second], config.eval.batch_size, mesh)
         train = ResidentDataset(placing, len(first), config.train.batch_size, mesh)
     else:
         count = functools.partial(_count_streamed, source, sample, config.data)
@@ -174,7 +172,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
             source, first, config.train.batch_size, config.train.epochs, mesh, config.data
         )
     mean, deviation = augment.channel_statistics(counts)
-    if config.data.normalize == "mean":
+    if config.data.normalization == "subtract_mean":
         deviation = (1 / 255,) * len(mean)  # on the scale 0..1, which leaves pixels as they are
     log.info(
         "%s %s: %s images to train on, %s to validate, %s, %d classes (%.1f s).",
@@ -203,7 +201,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
             "images": {"train": len(first), "validation": len(second)}
             | ({"test": len(test)} if test else {}),
         },
-        resident={
+        in_memory={
             split: _is_resident(config.data, size, mesh)
             for split, size in (
                 ("train", len(source)),
@@ -217,11 +215,11 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
 def _no_image_held_out(config: ConfigDict) -> None:
     """Tells that no class has images enough for validation; refuses what depends on them."""
     what = _less_than_an_image(config.data.validation_fraction, config.data.name)
-    if config.optimizer.schedule == "plateau" or not config.test.measure:
+    if config.optimizer.schedule == "plateau" or not config.eval.test:
         reason = (
             "config.optimizer.schedule, 'plateau', goes by"
             if config.optimizer.schedule == "plateau"
-            else "a run with config.test.measure False is measured on"
+            else "a run with config.eval.test False is measured on"
         )
         raise InputError(f"{what}; raise it, for validation images are what {reason}.")
     log.warning("%s: nothing is measured before the end.", what)
@@ -289,7 +287,7 @@ def load_split(config: ConfigDict, mesh: Mesh, split: str) -> Split:
     whole = name if name in parts else name.partition("[")[0]
     files = source if whole == name or whole not in parts else load_source(config.data, whole)
     return Split(
-        batches=_measure_on(config.data, config.train.eval_batch_size, mesh, source, indices),
+        batches=_measure_on(config.data, config.eval.batch_size, mesh, source, indices),
         size=len(source) if indices is None else len(indices),
         class_names=source.class_names,
         part=parts.get(whole, ""),
@@ -319,9 +317,9 @@ def _host_memory() -> list[int]:
 
 
 def _is_resident(config: ConfigDict, size: int, mesh: Mesh) -> bool:
-    if config.resident == "auto":
+    if config.in_memory == "auto":
         return size * 3 * config.image_size**2 <= resident_limit(mesh)
-    return config.resident == "on"
+    return config.in_memory == "on"
 
 
 def _labels(source: Source, validation_fraction: float) -> np.ndarray:
@@ -359,7 +357,7 @@ def _count_streamed(source: Source, indices: np.ndarray, config: ConfigDict) -> 
     with (
         tqdm(desc="Measuring the colours", total=len(rows), disable=None, delay=1) as bar,
         read_ahead(
-            rows, lambda batch: batch, workers=config.workers, ahead=config.read_ahead
+            rows, lambda batch: batch, workers=config.workers, ahead=config.prefetch
         ) as stream,
     ):
         for batch in stream:

@@ -127,7 +127,7 @@ def _with_sentences(stream: Iterator[T]) -> Iterator[T]:
         raise InputError(
             "A process that reads images died: most likely it ran out of memory, or of shared "
             "memory (/dev/shm; --shm-size in Docker); lower config.data.workers or "
-            "config.data.read_ahead. A program of your own must also start its run under "
+            "config.data.prefetch. A program of your own must also start its run under "
             "'if __name__ == \"__main__\":'."
         ) from error
 

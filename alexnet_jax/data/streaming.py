@@ -36,7 +36,7 @@ class StreamedDataset:
         batch_size: B, images in each batch, over all processes.
         epochs: How many there will be.
         mesh: The devices that share each batch.
-        config: The section `config.data`; `workers` and `read_ahead` are used.
+        config: The section `config.data`; `workers` and `prefetch` are used.
     """
 
     source: Source
@@ -97,7 +97,7 @@ class StreamedBatches:
         indices: int[N], which of the source's images they are.
         batch_size: B, images in each batch, over all processes; the last is filled up.
         mesh: The devices that share each batch.
-        config: The section `config.data`; `workers` and `read_ahead` are used.
+        config: The section `config.data`; `workers` and `prefetch` are used.
     """
 
     source: Source
@@ -169,7 +169,7 @@ def _open(
             Batches(source, rows),
             placement(mesh, jax.process_count()),
             workers=config.workers,
-            ahead=config.read_ahead,
+            ahead=config.prefetch,
         ) as stream,
     ):
         yield stream

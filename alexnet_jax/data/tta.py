@@ -102,11 +102,11 @@ def create_views(config: ConfigDict) -> Views | None:
     images with the border that they had in training.
 
     Args:
-        config: The whole config; `test.views`, `data.crop_size` and the border of `augment` are
+        config: The whole config; `eval.tta`, `data.crop_size` and the border of `augment` are
             used.
     """
     size, augment = config.data.crop_size, config.augment
-    match config.test.views:
+    match config.eval.tta:
         case "flip":
             return Views(lambda images: flip(images, size), mean_logits((1 / 2,) * 2))
         case "flip_translate":
@@ -114,7 +114,7 @@ def create_views(config: ConfigDict) -> Views | None:
             return Views(lambda images: flip_translate(images, size), mean_logits(weights))
         case "ten_crop":
             return Views(
-                lambda images: ten_crop(images, augment.crop_padding, size, augment.crop_fill),
+                lambda images: ten_crop(images, augment.crop_padding, size, augment.pad_mode),
                 mean_softmax,
             )
     return None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 # What a sweep decides for itself.
-_OWN = ("test.measure", "data.test_split")
+_OWN = ("eval.test", "data.test_split")
 
 
 @dataclasses.dataclass(frozen=True)

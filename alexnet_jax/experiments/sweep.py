@@ -265,7 +265,7 @@ class Sweeper:
             [
                 *(sys.executable, "-m", "alexnet_jax.main"),
                 *self._sweep.command(running.trial.params),
-                *("--config.test.measure=false", f"--workdir={running.folder}"),
+                *("--config.eval.test=false", f"--workdir={running.folder}"),
             ],
             stdin=subprocess.DEVNULL,
             stdout=running.output,

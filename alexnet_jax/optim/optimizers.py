@@ -45,9 +45,9 @@ def create_schedule(config: ConfigDict, steps_per_epoch: int, epochs: int) -> op
     if config.schedule in ("constant", "plateau"):  # the latter by `scale_by_plateau`
         main = optax.constant_schedule(peak)
     elif config.schedule == "cosine":
-        main = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+        main = optax.cosine_decay_schedule(peak, rest, alpha=config.end_lr_fraction)
     elif config.schedule == "linear":
-        main = optax.linear_schedule(peak, peak * config.final_fraction, rest)
+        main = optax.linear_schedule(peak, peak * config.end_lr_fraction, rest)
     else:
         factors: dict[int, float] = {}
         for epoch in config.step_epochs:
@@ -93,7 +93,7 @@ def check_patterns(config: ConfigDict, params: Any) -> None:
     """
     patterns = dict.fromkeys(config.frozen, "frozen")
     patterns |= dict.fromkeys(config.rate_patterns, "rate_patterns")
-    if config.muon_rate:
+    if config.muon_learning_rate:
         patterns[config.muon_pattern] = "muon_pattern"
     if config.frozen and all(jax.tree.leaves(_matching_any(config.frozen, params))):
         raise InputError(
@@ -136,7 +136,7 @@ def muon_share(config: ConfigDict, params: Any) -> str:
         config: The section.
         params: Of the network; their shapes suffice.
     """
-    if not config.muon_rate:
+    if not config.muon_learning_rate:
         return ""
     marks = jax.tree.leaves(_matching(config.muon_pattern, params))
     still = jax.tree.leaves(_matching_any(config.frozen, params))
@@ -258,7 +258,7 @@ def _muon(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransfo
             lambda leaf: MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1), params
         )
 
-    relative = config.muon_rate / config.learning_rate
+    relative = config.muon_learning_rate / config.learning_rate
     return muon(
         lambda count: relative * schedule(count),
         beta=config.muon_momentum,
@@ -307,14 +307,14 @@ def after_validation(opt_state: Any, accuracy: Array | float, config: ConfigDict
     Args:
         opt_state: Of `create_optimizer`; another schedule leaves it as it is.
         accuracy: On the validation images, after an epoch.
-        config: The section; `plateau_epochs` without improvement multiply by `step_factor`.
+        config: The section; `plateau_patience` without improvement multiply by `step_factor`.
     """
 
     def look(node: Any) -> Any:
         if not _is_plateau(node):
             return node
         waited = jnp.where(accuracy > node.best, 0, node.waited + 1)
-        lower = waited >= config.plateau_epochs
+        lower = waited >= config.plateau_patience
         return PlateauState(
             factor=jnp.where(lower, node.factor * config.step_factor, node.factor),
             best=jnp.maximum(node.best, accuracy),
@@ -342,7 +342,7 @@ def create_optimizer(
     2019), "sgd" has (Nesterov) momentum and its weight decay is an L2 term of the loss.
     "sgd_2012" differs where the learning rate e changes, which stands inside of the momentum:
     v = m v - e (d w + g), w = w + v (Krizhevsky, Sutskever and Hinton, 2012, section 5). Where
-    `muon_rate` is not 0, Muon takes their place for the kernels of `muon_pattern`. Around them
+    `muon_learning_rate` is not 0, Muon takes their place for the kernels of `muon_pattern`. Around them
     stand, from the inside, the factors of `rate_patterns`, Muon's `unit_filters`, `lookahead`,
     clipping, accumulation; and parameters that are `frozen` have no part in any of it.
 
@@ -386,10 +386,13 @@ def create_optimizer(
     if config.name != "sgd_2012":
         main = lowered(main)
     main = multiplied(main)
-    if config.muon_rate:
+    if config.muon_learning_rate:
         kernels = multiplied(lowered(_muon(config, schedule)))
         main = optax.partition(
-            {True: unit_filters(kernels) if config.muon_unit_filters else kernels, False: main},
+            {
+                True: unit_filters(kernels) if config.muon_normalize_filters else kernels,
+                False: main,
+            },
             lambda params: _matching(config.muon_pattern, params),
         )
     if config.lookahead_period:

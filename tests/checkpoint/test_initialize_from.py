@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused(here, anew, message):
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     config = tiny()
-    config.init.run = str(tmp_path / "nothing")
+    config.init.from_run = str(tmp_path / "nothing")
     with pytest.raises(InputError, match="nothing"):
         open_start(config, tmp_path / "run")
 
@@ -144,7 +144,7 @@ def test_another_source_is_noticed_until_the_run_has_saved(source, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     config = tiny()
-    config.init.run = str(source)
+    config.init.from_run = str(source)
     start = open_start(config, run)
     directory.write_json(run / directory.DATASET, start.info)
     shutil.rmtree(source)
@@ -160,7 +160,7 @@ def test_another_source_is_noticed_until_the_run_has_saved(source, tmp_path):
 
 def test_other_options_of_the_network_are_said(source, tmp_path, caplog):
     config = tiny(pool_window=3, dropout=0.1)
-    config.init.run = str(source)
+    config.init.from_run = str(source)
     with caplog.at_level("WARNING"):
         open_start(config, tmp_path)
     assert [record.getMessage() for record in caplog.records] == [
@@ -170,24 +170,26 @@ def test_other_options_of_the_network_are_said(source, tmp_path, caplog):
 
 def test_images_are_normalised_as_the_network_knows_them(source, tmp_path, caplog):
     config = tiny()
-    config.init.run = str(source)
-    config.data.normalize = "mean"
+    config.init.from_run = str(source)
+    config.data.normalization = "subtract_mean"
     with caplog.at_level("WARNING"):
         start = open_start(config, tmp_path)
     assert (start.info["mean"], start.info["deviation"]) == (list(MEAN), list(DEVIATION))
     assert [record.getMessage() for record in caplog.records] == [
-        "config.data.normalize is deviation there and mean here; images are normalised as there."
+        "config.data.normalization is standardize there and subtract_mean here; images are normalised as there."
     ]
     options = directory.read_json(source / directory.CONFIG)
-    directory.write_json(source / directory.CONFIG, options | {"data.normalize": "mean"})
-    assert finetune.get_config(str(source)).data.normalize == "mean"
+    directory.write_json(
+        source / directory.CONFIG, options | {"data.normalization": "subtract_mean"}
+    )
+    assert finetune.get_config(str(source)).data.normalization == "subtract_mean"
 
 
 def test_the_config_takes_the_network_from_the_run(source):
     config = finetune.get_config(str(source))
     validate(config)
     assert config.model == tiny().model
-    assert (config.data.image_size, config.init.run) == (SIDE, str(source))
+    assert (config.data.image_size, config.init.from_run) == (SIDE, str(source))
 
 
 @pytest.fixture
@@ -202,8 +204,8 @@ def test_a_fine_tuned_run_is_bit_equal_when_resumed(tmp_path, monkeypatch, one_d
     config = finetune.get_config(str(source))
     config.data.update({"name": "digits", "data_dir": str(tmp_path), "image_size": SIDE + 2})
     config.data.update({"crop_size": SIDE, "validation_fraction": 0.1})
-    config.augment.pca_colour = 0.1
-    config.optimizer.update({"schedule": "plateau", "plateau_epochs": 1, "step_factor": 0.5})
+    config.augment.pca_jitter = 0.1
+    config.optimizer.update({"schedule": "plateau", "plateau_patience": 1, "step_factor": 0.5})
     config.optimizer.update({"frozen": ("conv*", "norm*"), "learning_rate": 0.5})
     config.optimizer.update({"name": "sgd_2012", "weight_decay": 5e-4, "warmup_epochs": 0.0})
     config.train.update({"batch_size": 256, "epochs": 4})
@@ -238,7 +240,7 @@ def test_a_fine_tuned_run_is_bit_equal_when_resumed(tmp_path, monkeypatch, one_d
     assert [r["learning_rate"] for r in records if r["split"] == "train"] == rates
     assert len(set(rates)) > 1, "nothing is tested unless it changes"
 
-    config.data.update({"resident": "off", "workers": 0})  # the same batches and colours
+    config.data.update({"in_memory": "off", "workers": 0})  # the same batches and colours
     with stopped_at(12), pytest.raises(Interrupted):
         train_and_evaluate(config, tmp_path / "again")
     monkeypatch.setattr(

@@ -226,7 +226,7 @@ RATE = "--range=optimizer.learning_rate=1e-4:1e-2:log"
         ("compare", [DIGITS], "--workdir=x", "the comparison"),
         ("compare", [DIGITS, "--separate_runs"], "--config.seed=3", "the comparison"),
         ("sweep", [f"--config={DIGITS}", RATE], "--workdir=x", "the sweep"),
-        ("sweep", [f"--config={DIGITS}", RATE], "--noconfig.test.measure", "the sweep"),
+        ("sweep", [f"--config={DIGITS}", RATE], "--noconfig.eval.test", "the sweep"),
         ("sweep", [f"--config={DIGITS}", RATE], "--config.optimizer.learning_rate=1", "the sweep"),
         ("launch_local", ["2"], "--process_id=0", "launch_local"),
     ],

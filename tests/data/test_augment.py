@@ -110,7 +110,7 @@ def test_each_augmentation_can_be_off(padding, flip):
 
 def test_black_fills_the_border_with_zeros():
     images = noise(200) | 1  # no pixel is black by itself
-    cropped = np.asarray(random_crop(KEY, images, PADDING, "black"))
+    cropped = np.asarray(random_crop(KEY, images, PADDING, "constant"))
     padded = np.pad(images, [(0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)])
     reflected = np.asarray(random_crop(KEY, images, PADDING))
     for image, output, other in zip(padded, cropped, reflected, strict=True):
@@ -284,7 +284,7 @@ def test_augment_shifts_colours_if_asked():
     options = {"crop_padding": 0, "flip": False}
     plain = create_augment(augment_section(**options), colours=axes)(KEY, images)
     assert plain.dtype == jnp.uint8
-    augment = create_augment(augment_section(**options, pca_colour=0.1), colours=axes)
+    augment = create_augment(augment_section(**options, pca_jitter=0.1), colours=axes)
     shift = np.asarray(augment(KEY, images)) - images
     assert np.ptp(shift[:, 0, 0], axis=0).min() > 1  # another for each image
     np.testing.assert_array_equal(shift, np.broadcast_to(shift[:, :1, :1], shift.shape))

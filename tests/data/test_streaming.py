@@ -50,8 +50,8 @@ class Numbers:
         return images, np.full(len(indices), os.getpid(), np.int32)
 
 
-def options(workers=0, read_ahead=2):
-    return ConfigDict({"workers": workers, "read_ahead": read_ahead})
+def options(workers=0, prefetch=2):
+    return ConfigDict({"workers": workers, "prefetch": prefetch})
 
 
 def dataset(indices, batch_size, epochs, workers=0, source=None):
@@ -222,7 +222,7 @@ def digits(data_dir, **changes):
     config.data.image_size = 8
     config.data.workers = 0
     config.train.epochs = 1
-    config.train.eval_batch_size = 100
+    config.eval.batch_size = 100
     config.update_from_flattened_dict(changes)
     return config
 
@@ -248,7 +248,7 @@ def test_auto_streams_what_does_not_fit(fraction, tmp_path, monkeypatch):
                 ours, theirs = ours(), theirs()
             for one, other in zip(ours, theirs, strict=True):
                 jax.tree.map(np.testing.assert_array_equal, one, other)
-    config.data.resident = "on"
+    config.data.in_memory = "on"
     assert isinstance(load_data(config, mesh).train, ResidentDataset)
 
 
@@ -275,7 +275,7 @@ def test_both_ways_feed_the_same_batches_whatever_the_step(tmp_path):
     mesh = sharding.make_mesh(jax.devices()[:2])
     config = digits(tmp_path, **{"train.batch_size": 512, "train.epochs": 2})
     one = load_data(config, mesh).train
-    config.data.resident = "off"
+    config.data.in_memory = "off"
     other = load_data(config, mesh).train
     per_epoch = one.arrays["label"].size // 512
     with one.feed(KEY, 1) as arrays, other.feed(KEY, 1) as stream:

@@ -10,7 +10,7 @@ from alexnet_jax.data.tta import create_views as create
 
 def create_views(name, padding=4, **changes):
     config = default_config()
-    config.test.views, config.augment.crop_padding = name, padding
+    config.eval.tta, config.augment.crop_padding = name, padding
     config.update_from_flattened_dict(changes)
     return create(config)
 
@@ -84,7 +84,7 @@ def test_views_of_a_part_of_the_image(name):
 
 
 def test_the_border_is_that_of_training():
-    views = create_views("ten_crop", padding=2, **{"augment.crop_fill": "black"})
+    views = create_views("ten_crop", padding=2, **{"augment.pad_mode": "constant"})
     seen = np.asarray(views.take(jnp.full((1, 8, 8, 3), 255, jnp.uint8)))
     assert seen.reshape(10, -1).min(axis=1).tolist() == [0] * 8 + [255] * 2
 

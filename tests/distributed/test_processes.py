@@ -195,7 +195,7 @@ OPTIONS = {
     "optimizer.warmup_epochs": 0.0,
     "train.batch_size": 128,
     "train.epochs": 2,
-    "train.eval_batch_size": 100,
+    "eval.batch_size": 100,
     "writers.tensorboard": False,
 }
 

@@ -180,7 +180,7 @@ def test_what_is_not_finite_names_its_seeds():
 
 def test_many_seeds_of_streamed_images_are_refused(data_dir, tmp_path):
     config = tiny_config(data_dir)
-    config.data.resident = "off"
+    config.data.in_memory = "off"
     config.data.workers = 0
     with pytest.raises(InputError, match=r"config\.num_seeds is 2, and the images are streamed"):
         train_and_evaluate(config, tmp_path / "run")
@@ -198,7 +198,7 @@ def test_a_traced_seed_gives_the_same_key(seed):
 
 def test_each_replica_has_a_plateau_of_its_own(data_dir):
     config = tiny_config(data_dir)
-    config.optimizer.update({"schedule": "plateau", "plateau_epochs": 1, "step_factor": 0.5})
+    config.optimizer.update({"schedule": "plateau", "plateau_patience": 1, "step_factor": 0.5})
     model = models.create_model(config.model, num_classes=10)
     optimizer = optimizers.create_optimizer(config.optimizer, lambda _: 0.1)
     mesh = sharding.make_mesh()

@@ -316,8 +316,8 @@ def test_the_ablation_leads_from_classic_to_best():
         dict(flatten(program("configs", name).get_config()))
         for name in ("cifar10_classic", "cifar10_best")
     )
-    closed = {"test.measure": False}
-    assert first == classic | {"test.views": "flip_translate"} | closed
+    closed = {"eval.test": False}
+    assert first == classic | {"eval.tta": "flip_translate"} | closed
     assert last == best | closed
     for row in range(1, len(ablation.STEPS)):
         assert ablation.get_config(str(row)) != ablation.get_config(str(row - 1))
@@ -364,7 +364,7 @@ def with_curves(folder, seconds, each, *, test=(), **options):
     measured = {"accuracy": float(np.mean(each[-1])), "accuracy_each": list(each[-1])}
     make_run(folder, each[-1], config=config, epochs=len(each), train_seconds=seconds)
     results = json.loads((folder / "results.json").read_text()) | {"validation": measured}
-    if not config.test.measure:
+    if not config.eval.test:
         del results["test"]
     (folder / "results.json").write_text(json.dumps(results))
     records = [
@@ -381,9 +381,9 @@ def test_configs_are_compared_over_seeds_and_time(tmp_path, capsys, monkeypatch)
 
     def train(arguments):
         folder = Path(arguments[1].removeprefix("--workdir="))
-        assert arguments[2:] == ["--config.num_seeds=2", "--noconfig.test.measure"]
+        assert arguments[2:] == ["--config.num_seeds=2", "--noconfig.eval.test"]
         different = {"model.dropout": 0.1 * len(folder.name)}
-        with_curves(folder, 80.0, curves[folder.name], **different, **{"test.measure": False})
+        with_curves(folder, 80.0, curves[folder.name], **different, **{"eval.test": False})
         return 0
 
     def draw(rows, split):
@@ -395,7 +395,7 @@ def test_configs_are_compared_over_seeds_and_time(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(compare, "_train_one", train)
     monkeypatch.setattr(figures, "accuracy_over_time", draw)
     configs = [str(ROOT / "configs" / name) for name in ("cifar10.py", "ablation.py:3")]
-    flags = ["--seeds=2", f"--workdir={tmp_path}", "--", "--noconfig.test.measure"]
+    flags = ["--seeds=2", f"--workdir={tmp_path}", "--", "--noconfig.eval.test"]
     assert module.main([*configs, *flags]) == 0
     header, (first, second) = rows(capsys.readouterr().out)
     assert header[1] == "validation accuracy (%)"

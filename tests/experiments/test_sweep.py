@@ -27,7 +27,7 @@ RUN = """
 import json, os, signal, sys, time
 from pathlib import Path
 given = dict(a[2:].split("=", 1) for a in sys.argv[1:])
-assert given["config.test.measure"] == "false"
+assert given["config.eval.test"] == "false"
 folder, rate = Path(given["workdir"]), float(given["config.optimizer.learning_rate"])
 (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 (folder / "config.tmp").write_text('{"train.epochs": 4, "train.ema_decay": 0.0}')
@@ -129,7 +129,7 @@ def test_trials_are_trained_side_by_side_and_only_the_best_keeps_its_checkpoints
         "--config=configs/digits.py",
         "--config.x=1",
         f"--config.{RATE}=0.1",
-        "--config.test.measure=false",
+        "--config.eval.test=false",
         f"--workdir={folder / 'trial-0000'}",
     ]
     again = sweep.best_command(searching(folder, flags=("--config.x=1",)), sweep.best_trial(study))
@@ -314,7 +314,7 @@ def test_ranges_and_choices_are_read():
         ([], ["optimizer.schedule=linear"], "must name two values or more, each once"),
         ([], ["optimizer.schedule=linear,liner"], "schedule is 'liner'; it must be one of"),
         ([], ["augment.flip=true,perhaps"], "config.augment.flip is 'perhaps', a str"),
-        ([], ["test.measure=true,false"], "cannot be searched: a sweep never opens the test set"),
+        ([], ["eval.test=true,false"], "cannot be searched: a sweep never opens the test set"),
         (["model.dropout=0:0.5"], ["model.dropout=0,0.1"], "config.model.dropout is given twice"),
     ],
 )

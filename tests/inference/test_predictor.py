@@ -385,7 +385,7 @@ def test_parts_of_splits_and_streams_can_be_measured(network):
     half = evaluation.evaluate_network(network, "test[:50%]")
     assert half.images == 180 == half.results["test[:50%]"]["confusion"].sum()
     data = network.config.data.copy_and_resolve_references()
-    data.resident, data.workers = "off", 0
+    data.in_memory, data.workers = "off", 0
     streamed = evaluation.evaluate_network(network, "train", data)
     assert streamed.images == 1295 == streamed.results["train"]["confusion"].sum()
     resident = evaluation.evaluate_network(network, "train")

@@ -59,7 +59,7 @@ def test_schedule_follows_its_formula(name, warmup_epochs, accumulate_steps):
         schedule=name,
         warmup_epochs=warmup_epochs,
         accumulate_steps=accumulate_steps,
-        final_fraction=0.1,
+        end_lr_fraction=0.1,
         step_epochs=(1, 6, 15),  # with a milestone that warm-up passes over
         step_factor=0.2,
     )
@@ -203,9 +203,9 @@ def test_muon_follows_its_formula_and_leaves_the_rest_to_the_other(unit_filters)
         name="sgd",
         learning_rate=0.1,
         momentum=0.0,
-        muon_rate=0.3,
+        muon_learning_rate=0.3,
         muon_momentum=0.6,
-        muon_unit_filters=unit_filters,
+        muon_normalize_filters=unit_filters,
     )
     ours = run(create_optimizer(options, optax.constant_schedule(0.1)), params, gradients)
     weights, momentum = np.asarray(params["conv1"]["kernel"]).reshape(-1, 4).T, 0.0
@@ -226,7 +226,7 @@ def test_muon_follows_its_formula_and_leaves_the_rest_to_the_other(unit_filters)
 
 
 def test_muon_follows_the_schedule():
-    options = section(name="sgd", learning_rate=0.5, muon_rate=0.25)
+    options = section(name="sgd", learning_rate=0.5, muon_learning_rate=0.25)
     optimizer = create_optimizer(options, lambda count: 0.5 / (count + 1))
     steps = [PARAMS, *run(optimizer, PARAMS, [random_like(PARAMS, 1)] * 2)]
     kernels = [np.asarray(params["conv1"]["kernel"]) for params in steps]
@@ -241,9 +241,18 @@ def test_muon_follows_the_schedule():
             {"rate_patterns": ("nrom*/bias",)},
             r"rate_patterns has 'nrom\*/bias', which matches none",
         ),
-        ({"muon_rate": 1.0, "muon_pattern": "x"}, "muon_pattern has 'x', .* conv1/bias, conv1/ker"),
-        ({"muon_rate": 1.0, "muon_pattern": "conv*"}, r"'conv\*', which matches biases or scales"),
-        ({"muon_rate": 1.0, "frozen": ("conv*",)}, "muon_pattern has .* matches frozen parameters"),
+        (
+            {"muon_learning_rate": 1.0, "muon_pattern": "x"},
+            "muon_pattern has 'x', .* conv1/bias, conv1/ker",
+        ),
+        (
+            {"muon_learning_rate": 1.0, "muon_pattern": "conv*"},
+            r"'conv\*', which matches biases or scales",
+        ),
+        (
+            {"muon_learning_rate": 1.0, "frozen": ("conv*",)},
+            "muon_pattern has .* matches frozen parameters",
+        ),
         (
             {"rate_patterns": ("conv1/*",), "rate_factors": (2.0,), "frozen": ("conv1/*",)},
             "rate_patterns has 'conv1/.*', which matches frozen parameters alone",
@@ -253,7 +262,7 @@ def test_muon_follows_the_schedule():
 def test_patterns_that_cannot_be_meant_are_refused(options, says):
     with pytest.raises(InputError, match=says):
         check_patterns(section(**options), PARAMS)
-    check_patterns(section(rate_patterns=("norm*/bias",), muon_rate=0.1), PARAMS)
+    check_patterns(section(rate_patterns=("norm*/bias",), muon_learning_rate=0.1), PARAMS)
 
 
 def test_sgd_of_2012_is_the_rule_of_the_paper():
@@ -276,7 +285,7 @@ def test_sgd_of_2012_is_the_rule_of_the_paper():
 @pytest.mark.parametrize("options", [{}, {"accumulate_steps": 2}, {"frozen": ("conv1/*",)}])
 @pytest.mark.parametrize("name", ["adam", "sgd_2012"])
 def test_a_plateau_lowers_the_rate(name, options):
-    config = section(name=name, schedule="plateau", plateau_epochs=2, step_factor=0.1, **options)
+    config = section(name=name, schedule="plateau", plateau_patience=2, step_factor=0.1, **options)
     state = create_optimizer(config, optax.constant_schedule(1.0)).init(PARAMS)
     # The third has waited twice for more than 0.5; the seventh twice for more than 0.6.
     accuracies = [0.5, 0.4, 0.5, 0.6, 0.6, 0.59, 0.7, 0.7]
@@ -287,7 +296,7 @@ def test_a_plateau_lowers_the_rate(name, options):
 
 
 def test_a_plateau_scales_the_updates():
-    config = section(name="sgd", momentum=0.0, schedule="plateau", plateau_epochs=1)
+    config = section(name="sgd", momentum=0.0, schedule="plateau", plateau_patience=1)
     optimizer = create_optimizer(config, optax.constant_schedule(0.1))
     state = optimizer.init(PARAMS)
     for _ in range(2):
@@ -313,12 +322,12 @@ def test_what_scales_the_rate_leaves_filters_at_their_norm(factor):
         name="sgd",
         momentum=0.0,
         learning_rate=1.0,
-        muon_rate=0.02,
-        muon_unit_filters=True,
+        muon_learning_rate=0.02,
+        muon_normalize_filters=True,
         rate_patterns=("conv1/*",),
         rate_factors=(factor,),
         schedule="plateau",
-        plateau_epochs=1,
+        plateau_patience=1,
         step_factor=0.5,
     )
     optimizer = create_optimizer(options, optax.constant_schedule(1.0))
@@ -341,9 +350,9 @@ def test_what_scales_the_rate_leaves_filters_at_their_norm(factor):
 def test_muon_says_what_it_trains():
     assert muon_share(section(), PARAMS) == ""
     sizes = [leaf.size for leaf in jax.tree.leaves(PARAMS)]
-    says = muon_share(section(muon_rate=0.1), PARAMS)
+    says = muon_share(section(muon_learning_rate=0.1), PARAMS)
     assert says.startswith(f"Muon trains {PARAMS['conv1']['kernel'].size} of {sum(sizes)} param")
-    says = muon_share(section(muon_rate=0.1, frozen=("norm1/*",)), PARAMS)
+    says = muon_share(section(muon_learning_rate=0.1, frozen=("norm1/*",)), PARAMS)
     trained = sum(sizes) - sum(leaf.size for leaf in jax.tree.leaves(PARAMS["norm1"]))
     assert f" of {trained} param" in says
 

@@ -128,7 +128,7 @@ def test_an_option_that_is_gone_is_refused(tmp_path):
 def test_what_is_not_computed_may_differ(tmp_path):
     open_once(tmp_path, config())
     others = {"data.data_dir": "/x", "checkpoint.every_seconds": 1.0, "writers.tensorboard": False}
-    others |= {"data.resident": "off", "data.workers": 0, "data.read_ahead": 3}
+    others |= {"data.in_memory": "off", "data.workers": 0, "data.prefetch": 3}
     assert others.keys() == FREE_KEYS
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     for key, value in others.items():
