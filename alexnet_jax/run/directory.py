@@ -22,6 +22,11 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.config import FREE_KEYS, default_config, flatten, validate
 from alexnet_jax.errors import InputError, SaveFailed
+from alexnet_jax.run.files import format_json as format_json
+from alexnet_jax.run.files import read_json as read_json
+from alexnet_jax.run.files import remove_unfinished
+from alexnet_jax.run.files import write_bytes as write_whole  # noqa: F401 - its name until now
+from alexnet_jax.run.files import write_json as write_json
 
 log = logging.getLogger(__name__)
 
@@ -48,32 +53,9 @@ SPLITS = {
     for version, said_of_version in (("", ""), ("_ema", ", averaged weights"))
 }
 
-_STALE_SECONDS = 60  # A file is written in less, and then has another name.
+_STALE_SECONDS = 60  # no file of a run takes longer to write
 # What flock answers where a file system has no locks, as some that come over a network.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, whenever the process is killed.
-
-    Raises:
-        SaveFailed: It cannot be written; the disk is full, say.
-    """
-    # Of this process alone: another may be writing the same file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise SaveFailed(
-            f"{path} could not be written ({error.strerror}); mend that and give the same command "
-            "again."
-        ) from None
 
 
 def make_folder(path: Path) -> None:
@@ -89,52 +71,6 @@ def make_folder(path: Path) -> None:
 
 
 SHARED_SECONDS = 20.0  # until a network file system shows what another host has written
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file as `write_whole` does."""
-    write_whole(path, (format_json(value) + "\n").encode())
-
-
-def format_json(value: Any, indent: str = "") -> str:
-    """Lays out JSON for people: a line for each item, but one alone for a list of numbers.
-
-    A confusion matrix has so many of them.
-
-    Args:
-        value: As `json.dumps` takes it; keys are strings.
-        indent: Of all lines but the first.
-    """
-    deeper = indent + "  "
-    if isinstance(value, dict) and value:
-        brackets = "{}"
-        items = [f"{json.dumps(key)}: {format_json(item, deeper)}" for key, item in value.items()]
-    elif isinstance(value, list | tuple) and not all(isinstance(x, int | float) for x in value):
-        brackets = "[]"
-        items = [format_json(item, deeper) for item in value]
-    else:
-        return json.dumps(value)
-    lines = ",".join(f"\n{deeper}{item}" for item in items)
-    return f"{brackets[0]}{lines}\n{indent}{brackets[1]}"
-
-
-def read_json(path: Path) -> Any:
-    """Reads a file of the run folder; None if it is not there.
-
-    Raises:
-        InputError: It is there and is no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text())
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-        return value
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} is damaged ({error}); put back a copy, or use another --workdir."
-        ) from None
 
 
 @contextmanager
@@ -162,10 +98,7 @@ def open_run_folder(workdir: Path, config: ConfigDict) -> Iterator[Path]:
             "name an empty or a new one."
         )
     with lock(folder):
-        for left_over in folder.glob(".*.tmp"):  # by a kill, unless a program is writing it now
-            with suppress(FileNotFoundError):
-                if time.time() - left_over.stat().st_mtime > _STALE_SECONDS:
-                    left_over.unlink()
+        remove_unfinished(folder, _STALE_SECONDS)
         _check_config(folder, config)
         yield folder
 
