@@ -1,0 +1,234 @@
+"""Options: fields of frozen dataclasses that declare a default, a range and one line of help.
+
+    @dataclass(frozen=True)
+    class TrainConfig(Section):
+        section = "train"
+        epochs: int = option(20, "Passes over the training images.", at_least=1)
+
+The type of the field is the type of the option, a `Literal` its choices. An instance is valid: a
+value of another type or out of range raises an InputError. The fields of a network's linen class
+are options, too (`check_options`).
+"""
+
+import dataclasses
+import functools
+import struct
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal, TypeVar
+
+from alexnet_jax.errors import InputError, show
+
+T = TypeVar("T")
+
+# A step computes in float32, where the smallest numbers are flushed to 0, and counts in int32.
+_SMALLEST_FLOAT = 2.0**-126
+_LARGEST_FLOAT = (2 - 2.0**-23) * 2.0**127
+_LARGEST_INT = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """The declaration of an option; see `option` for the attributes not listed here.
+
+    Attributes:
+        type: The annotation of its field.
+    """
+
+    default: Any
+    help: str
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    check: tuple[Callable[[Any], bool], str] | None = None
+    resumable: bool = False
+    type: Any = None
+
+    @property
+    def allowed(self) -> str:
+        """The values, or the items of a tuple, that it may have: "at least 0", "" for any."""
+        item = typing.get_args(self.type)[0] if _origin(self.type) is tuple else self.type
+        bounds = {
+            "at least": self.at_least,
+            "greater than": self.above,
+            "at most": self.at_most,
+            "less than": self.below,
+        }
+        parts = [f"{word} {bound}" for word, bound in bounds.items() if bound is not None]
+        if self.at_least is not None and self.at_most is not None:
+            parts = [f"between {self.at_least} and {self.at_most}"]
+        if _origin(item) is Literal:
+            parts.append("one of " + ", ".join(map(str, typing.get_args(item))))
+        if self.check:
+            parts.append(self.check[1])
+        return " and ".join(parts)
+
+    def validate(self, key: str, value: Any) -> None:
+        """Rejects a value of another type or out of range.
+
+        Args:
+            key: "section.name", for the message.
+            value: An int may stand for a float.
+
+        Raises:
+            InputError: Names the option, its value, and what would be right.
+        """
+        _check_type(key, value, self.type, self.default)
+        items = value if isinstance(value, tuple) else (value,)
+        which = "each of its items" if isinstance(value, tuple) else "it"
+        for item in items:
+            if not self._in_range(item):
+                raise InputError(f"config.{key} is {show(value)}; {which} must be {self.allowed}.")
+            if type(item) is int and self.at_most is self.below is None and item > _LARGEST_INT:
+                raise InputError(
+                    f"config.{key} is {show(value)}; {which} must be at most {_LARGEST_INT}."
+                )
+            if type(item) is float and not self._in_range(_to_float32(item)):
+                raise InputError(
+                    f"config.{key} is {show(value)}, in float32 {_to_float32(item)!r}; {which} "
+                    f"must be {self.allowed} in float32, too."
+                )
+
+    def _in_range(self, item: Any) -> bool:
+        return (
+            (self.at_least is None or item >= self.at_least)
+            and (self.above is None or item > self.above)
+            and (self.at_most is None or item <= self.at_most)
+            and (self.below is None or item < self.below)
+            and (self.check is None or self.check[0](item))
+        )
+
+
+def option(
+    default: T,
+    help: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    check: tuple[Callable[[Any], bool], str] | None = None,
+    resumable: bool = False,
+) -> T:
+    """Declares an option, as the default of a field of a dataclass.
+
+    The range is that of each item where the option is a tuple.
+
+    Args:
+        default: Its default value.
+        help: What it means, in one sentence.
+        at_least: Smallest value.
+        at_most: Largest value.
+        above: Bound that is itself too small.
+        below: Bound that is itself too large.
+        check: A test for what bounds cannot say, and the values that pass it, in words that
+            follow "it must be".
+        resumable: Whether a run may resume with another value: it changes how fast the run is or
+            where its data is, never what is computed.
+
+    Returns:
+        A `dataclasses.field`, typed as its default.
+    """
+    declared = Option(default, help, at_least, at_most, above, below, check, resumable)
+    return dataclasses.field(default=default, metadata={"option": declared})
+
+
+@functools.cache
+def options_of(cls: type) -> dict[str, Option]:
+    """Returns the options among the fields of a dataclass, such as a linen module, in their order.
+
+    A subclass that only gives a field another default inherits the declaration.
+    """
+    found = {}
+    for field in dataclasses.fields(cls):
+        for base in cls.__mro__:
+            declared = base.__dict__.get("__dataclass_fields__", {}).get(field.name)
+            if declared is not None and "option" in declared.metadata:
+                found[field.name] = dataclasses.replace(
+                    declared.metadata["option"], default=field.default, type=declared.type
+                )
+                break
+    return found
+
+
+def check_options(instance: Any, section: str) -> None:
+    """Rejects an instance of a dataclass with an option of another type or out of range.
+
+    Args:
+        instance: Its fields are options of the config.
+        section: Their section, for messages; "" for options at the top.
+
+    Raises:
+        InputError: Names the first option found wrong, its value, and what would be right.
+    """
+    for name, declared in options_of(instance.__class__).items():
+        declared.validate(f"{section}.{name}".lstrip("."), getattr(instance, name))
+
+
+class Section:
+    """A section of the config, to be subclassed by a frozen dataclass; checked when it is made.
+
+    Attributes:
+        section: Its name, as in ``config.optimizer``; "" for the config itself.
+    """
+
+    section: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_options(self, self.section)
+        self.check()
+
+    def check(self) -> None:
+        """Rejects values that are valid alone and not together.
+
+        Raises:
+            InputError: Names the options, their values, and what would be right.
+        """
+
+
+def _origin(kind: Any) -> Any:
+    return typing.get_origin(kind) or kind
+
+
+def _check_type(key: str, value: Any, kind: Any, example: Any) -> None:
+    wanted = _origin(kind)
+    choices = typing.get_args(kind) if wanted is Literal else ()
+    if choices:
+        wanted = type(choices[0])
+    if type(value) is not wanted and not (wanted is float and type(value) is int):
+        raise InputError(
+            f"config.{key} is {show(value)}, {_a(type(value))}; it must be {_a(wanted)}"
+            f"{'' if example is None else f' such as {example!r}'}."
+        )
+    if choices and value not in choices:
+        raise InputError(
+            f"config.{key} is {show(value)}; it must be one of {', '.join(map(str, choices))}."
+        )
+    if wanted is float and not abs(value) <= _LARGEST_FLOAT:
+        raise InputError(
+            f"config.{key} is {show(value)}; it must be a finite number of at most "
+            f"{_LARGEST_FLOAT:.1e}."
+        )
+    if wanted is tuple:
+        for i, (item, item_kind) in enumerate(_items(key, value, kind)):
+            _check_type(f"{key}[{i}]", item, item_kind, example[0] if example else None)
+
+
+def _items(key: str, value: tuple[Any, ...], kind: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields each item of a tuple with its type: tuple[X, ...] or tuple[X, Y]."""
+    kinds = typing.get_args(kind)
+    if kinds[-1] is ...:
+        kinds = kinds[:1] * len(value)
+    if len(kinds) != len(value):
+        raise InputError(f"config.{key} is {show(value)}; it must have {len(kinds)} items.")
+    yield from zip(value, kinds, strict=True)
+
+
+def _to_float32(value: float) -> float:
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded if abs(rounded) >= _SMALLEST_FLOAT else 0.0
+
+
+def _a(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'aeiou' else 'a'} {kind.__name__}"
