@@ -8,7 +8,7 @@ import shlex
 import sys
 
 from alexnet_jax.cli import common
-from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
+from alexnet_jax.errors import EXIT_CTRL_C, Diverged, InputError, Interrupted, SaveFailed
 
 
 @common.entry_point()
@@ -34,7 +34,7 @@ def run() -> int:
             train_and_evaluate(config, workdir, notes)
     except (InputError, Diverged, SaveFailed) as error:
         if process:
-            return common.exit_code(error)
+            return error.exit_code
         raise
     except Interrupted as stop:
         if not process:
@@ -44,10 +44,10 @@ def run() -> int:
                 f"{others if flags.num_processes is not None else ''}",
                 file=sys.stderr,
             )
-        return common.EXIT_INTERRUPTED
+        return stop.exit_code
     except KeyboardInterrupt:
         print(f"\nStopped; nothing saved is lost. To go on:\n  {again}", file=sys.stderr)
-        return common.EXIT_CTRL_C
+        return EXIT_CTRL_C
     return 0
 
 

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from alexnet_jax.cli import common
 from alexnet_jax.environment import visible_gpus
-from alexnet_jax.errors import InputError
+from alexnet_jax.errors import EXIT_INTERRUPTED, InputError, shell_code
 
 # A process notices at once that another is gone, by its connections; this is beyond that.
 GRACE_SECONDS = 15.0
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for process in range(count)
     ]
     code = launch(commands, variables)
-    if code == common.EXIT_INTERRUPTED:  # all do so together
+    if code == EXIT_INTERRUPTED:  # all do so together
         again = shlex.join(["python", "scripts/launch_local.py", *own, "--", *flags])
         print(f"To go on with all processes:\n  {again}", file=sys.stderr)
     return code
@@ -147,11 +147,11 @@ def _wait(started: Sequence[subprocess.Popen[Any]]) -> int:
         codes = [process.poll() or 0 for process in started]
         if not first and any(codes):
             number, code = next((n, c) for n, c in enumerate(codes) if c)
-            first = common.shell_code(code)
+            first = shell_code(code)
             deadline = time.monotonic() + GRACE_SECONDS
             if code < 0:
                 _say(f"process {number} was killed by {signal.Signals(-code).name}.")
-            elif code != common.EXIT_INTERRUPTED:
+            elif code != EXIT_INTERRUPTED:
                 _say(f"process {number} ended with exit code {code}.")
         if time.monotonic() > deadline:
             for number, process in enumerate(started):
@@ -162,7 +162,7 @@ def _wait(started: Sequence[subprocess.Popen[Any]]) -> int:
         time.sleep(0.05)
     if first:
         return first
-    return common.shell_code(next((p.returncode for p in started if p.returncode), 0))
+    return shell_code(next((p.returncode for p in started if p.returncode), 0))
 
 
 def _say(message: str) -> None:

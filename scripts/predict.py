@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alexnet_jax.cli import common
 from alexnet_jax.cli.network_arguments import add_not_averaged, add_run, open_network
-from alexnet_jax.errors import InputError, printable
+from alexnet_jax.errors import EXIT_BAD_INPUT, InputError, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
     _draw(options, network, shown)
     if not shown:
-        return common.EXIT_BAD_INPUT
+        return EXIT_BAD_INPUT
     return 1 if errors else 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alexnet_jax.cli import common
-from alexnet_jax.errors import InputError
+from alexnet_jax.errors import EXIT_INTERRUPTED, InputError
 
 if TYPE_CHECKING:
     from alexnet_jax.experiments.sweep import Row
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"  {share:4.0%} of the variation comes from {key}")
     if not finished:
         print("Stopped and saved. The same command goes on.", file=sys.stderr)
-        return common.EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     if best:
         print(
             f"\nNext: train the best and measure it on the test set, once:\n"

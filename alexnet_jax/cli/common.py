@@ -14,22 +14,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ParamSpec, TextIO
 
-from alexnet_jax.errors import Diverged, InputError, SaveFailed, show
-
-EXIT_BAD_INPUT = 2  # as argparse has it
-EXIT_DIVERGED = 3
-EXIT_LOST = 69  # EX_UNAVAILABLE of sysexits.h
-EXIT_NOT_SAVED = 74  # EX_IOERR of sysexits.h
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, try again
-EXIT_CTRL_C = 130  # as a shell reports it
+from alexnet_jax.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_CTRL_C,
+    EXIT_NOT_SAVED,
+    Diverged,
+    InputError,
+    SaveFailed,
+    show,
+)
 
 # For --help: those that every program has.
 EXIT_CODES = (
     f"{EXIT_BAD_INPUT} bad input, {EXIT_NOT_SAVED} a file cannot be written, "
     f"{EXIT_CTRL_C} after Ctrl-C"
 )
-
-_CODES = {InputError: EXIT_BAD_INPUT, Diverged: EXIT_DIVERGED, SaveFailed: EXIT_NOT_SAVED}
 
 # Imports and tracing make objects by the hundred thousand, nearly all to stay. With Python's own
 # threshold of 700 the search for garbage among them took 6% of the start of a training run, 0.4 s.
@@ -67,7 +66,7 @@ def entry_point(
                 try:
                     code = main(*args, **kwargs) or 0
                 except (InputError, Diverged, SaveFailed) as error:
-                    code = exit_code(error)
+                    code = error.exit_code
                     print(f"error: {error}", file=sys.stderr)
                 except KeyboardInterrupt:
                     code = EXIT_CTRL_C
@@ -83,20 +82,6 @@ def entry_point(
         return program
 
     return decorate
-
-
-def exit_code(error: InputError | Diverged | SaveFailed) -> int:
-    """Returns the exit code that stands for an error."""
-    return next(code for kind, code in _CODES.items() if isinstance(error, kind))
-
-
-def shell_code(returncode: int) -> int:
-    """Returns the exit code of a process as a shell has it: 128 + the signal that killed it.
-
-    Args:
-        returncode: As `subprocess` has it, which is negative then.
-    """
-    return 128 - returncode if returncode < 0 else returncode
 
 
 def _could_not_write(error: OSError) -> int:

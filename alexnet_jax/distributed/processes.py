@@ -29,9 +29,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from alexnet_jax.cli.common import EXIT_CTRL_C, EXIT_LOST, exit_code
 from alexnet_jax.distributed import sharding
-from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
+from alexnet_jax.errors import (
+    EXIT_CTRL_C,
+    EXIT_LOST,
+    Diverged,
+    InputError,
+    Interrupted,
+    SaveFailed,
+)
 
 log = logging.getLogger(__name__)
 
@@ -321,7 +327,7 @@ def alone() -> Iterator[None]:
     except (InputError, SaveFailed) as error:
         if jax.process_count() == 1:
             raise
-        _end(f"error: {error}", exit_code(error))
+        _end(f"error: {error}", error.exit_code)
 
 
 @contextmanager

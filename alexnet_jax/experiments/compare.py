@@ -12,7 +12,7 @@ import numpy as np
 
 from alexnet_jax.cli import common
 from alexnet_jax.distributed.preemption import stop_requests
-from alexnet_jax.errors import InputError
+from alexnet_jax.errors import EXIT_INTERRUPTED, InputError, shell_code
 from alexnet_jax.experiments import aggregate, report
 from alexnet_jax.experiments.report import figures, statistics
 from alexnet_jax.run import directory, writers
@@ -81,7 +81,7 @@ def train(
         for folder, own in _runs(one, workdir, seeds, separately):
             log.info("%s: %s", one.name, folder)
             code = _train_one([f"--config={one.config}", f"--workdir={folder}", *own, *flags])
-            if code == common.EXIT_INTERRUPTED:
+            if code == EXIT_INTERRUPTED:
                 log.info("The same command goes on from here.")
             if code:
                 return code
@@ -110,9 +110,9 @@ def _train_one(arguments: Sequence[str]) -> int:
         try:
             while True:
                 try:
-                    code = common.shell_code(process.wait(timeout=0.2))
+                    code = shell_code(process.wait(timeout=0.2))
                     # Asked for too late for that run, which is finished, and in time for the next.
-                    return code or (common.EXIT_INTERRUPTED if stop_requested() else 0)
+                    return code or (EXIT_INTERRUPTED if stop_requested() else 0)
                 except subprocess.TimeoutExpired:
                     if stop_requested() and not asked:
                         asked = True

@@ -24,10 +24,9 @@ from tqdm import tqdm
 
 from alexnet_jax import environment
 from alexnet_jax.cli.command_line import load_config
-from alexnet_jax.cli.common import EXIT_BAD_INPUT, EXIT_DIVERGED
 from alexnet_jax.config import flatten
 from alexnet_jax.distributed.preemption import stop_requests
-from alexnet_jax.errors import InputError
+from alexnet_jax.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, InputError
 from alexnet_jax.experiments.search_space import Space
 from alexnet_jax.run import directory
 

@@ -16,7 +16,7 @@ import pytest
 from alexnet_jax import environment, main, train
 from alexnet_jax.cli import command_line, common
 from alexnet_jax.distributed import processes
-from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
+from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed, shell_code
 from alexnet_jax.run import writers
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +141,7 @@ def test_a_mistake_of_the_program_keeps_its_traceback():
 
 
 def test_a_killed_process_has_the_code_of_a_shell():
-    assert [common.shell_code(code) for code in (0, 2, -signal.SIGKILL)] == [0, 2, 137]
+    assert [shell_code(code) for code in (0, 2, -signal.SIGKILL)] == [0, 2, 137]
 
 
 @pytest.mark.parametrize("process", [0, 1])

@@ -13,10 +13,9 @@ import jax
 import pytest
 
 from alexnet_jax import train
-from alexnet_jax.cli.common import EXIT_LOST
 from alexnet_jax.distributed import processes, sharding
 from alexnet_jax.distributed.processes import Flags, find, joined
-from alexnet_jax.errors import InputError
+from alexnet_jax.errors import EXIT_LOST, InputError
 from alexnet_jax.run import directory, writers
 from alexnet_jax.train import train_and_evaluate
 
