@@ -5,6 +5,7 @@
 ``figures/``, ``log.txt``, ``checkpoints/``, ``saved.json`` and TensorBoard events.
 """
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -13,26 +14,29 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
+import jax
 from ml_collections import ConfigDict
 
 from alexnet_jax.config import FREE_KEYS, default_config, flatten, validate
+from alexnet_jax.distributed import processes
 from alexnet_jax.errors import InputError, SaveFailed
 from alexnet_jax.run.files import format_json as format_json
 from alexnet_jax.run.files import read_json as read_json
 from alexnet_jax.run.files import remove_unfinished
 from alexnet_jax.run.files import write_bytes as write_whole  # noqa: F401 - its name until now
 from alexnet_jax.run.files import write_json as write_json
+from alexnet_jax.run.writers import METRICS as METRICS
+from alexnet_jax.run.writers import log_to_file
 
 log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 DATASET = "dataset.json"
-METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 CHECKPOINTS = "checkpoints"
 SAVED = "saved.json"
@@ -68,6 +72,96 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveFailed(f"the folder {path} could not be made ({error.strerror}).") from None
+
+
+P = ParamSpec("P")
+
+
+@dataclasses.dataclass
+class RunDirectory:
+    """The folder of a run, as the processes that train it share it.
+
+    All processes call the methods alike. Only the first one writes; the others wait for it, and
+    raise its InputError or SaveFailed.
+
+    Attributes:
+        path: Absolute.
+        results: Content of ``results.json``; None if the run is not finished.
+    """
+
+    path: Path
+    results: dict[str, Any] | None = None
+
+    @classmethod
+    @contextmanager
+    def open(cls, workdir: str | Path, config: ConfigDict) -> Iterator["RunDirectory"]:
+        """Creates the folder of a new run, or resumes an old one, and appends to its log.txt.
+
+        No other run can open the folder until the context or the process ends.
+
+        Args:
+            workdir: The folder.
+            config: All options but `config.FREE_KEYS` must equal those that the run began with.
+
+        Raises:
+            InputError: The folder cannot be written, holds something else or another run, or is
+                in use; or the config is invalid, or differs between the processes.
+        """
+        path = Path(workdir)
+        with ExitStack() as stack:
+            with processes.together():
+                validate(config)
+                if jax.process_index() == 0:
+                    path = stack.enter_context(open_run_folder(path, config))
+                else:
+                    path = path.expanduser().absolute()
+            processes.same_everywhere(fixed_options(config), "the config")
+            with processes.together():
+                check_shared(path)
+                run = cls(path, read_json(path / RESULTS))
+            if jax.process_index() == 0:
+                stack.enter_context(log_to_file(path / "log.txt"))
+            yield run
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def writable(self) -> Path | None:
+        """The folder on the first process, None on the others."""
+        return self.path if jax.process_index() == 0 else None
+
+    def write(
+        self, function: Callable[Concatenate[Path, P], None], *args: P.args, **options: P.kwargs
+    ) -> None:
+        """Calls `function(path, *args, **options)` on the first process."""
+        with processes.together():
+            if folder := self.writable:
+                function(folder, *args, **options)
+
+    def check_dataset(self, info: dict[str, Any]) -> None:
+        """Writes ``dataset.json``, and rejects data other than those the run began with.
+
+        Args:
+            info: See `alexnet_jax.data.load.RunData`; its `checksums` tell data files apart.
+
+        Raises:
+            InputError: The data files have changed, or differ between the processes.
+        """
+        self.write(check_dataset, info)
+        processes.same_everywhere(info, "the data set")
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Writes ``results.json``, after which the run is finished."""
+
+        def write(folder: Path) -> None:
+            (folder / REPORT).unlink(missing_ok=True)  # of other results, from an earlier end
+            write_json(folder / RESULTS, results)
+
+        self.write(write)
+        self.results = results
 
 
 SHARED_SECONDS = 20.0  # until a network file system shows what another host has written

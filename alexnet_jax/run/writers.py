@@ -18,9 +18,11 @@ from typing import Any
 from tqdm import tqdm
 
 from alexnet_jax.cli.common import silence
-from alexnet_jax.run.directory import METRICS, write_whole
+from alexnet_jax.run.files import write_bytes
 
 log = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
 
 
 class MetricsFile:
@@ -40,7 +42,7 @@ class MetricsFile:
             and not record["split"].startswith("test")
             and "_tta" not in record["split"]
         ]
-        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         trained = max((r["step"] for r in kept if r["split"] == "train"), default=0)
         if trained < last_step:
             log.warning("%s lacks the figures after step %s; they were lost.", path.name, trained)

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from alexnet_jax.config import FREE_KEYS, default_config, flatten
 from alexnet_jax.errors import InputError, SaveFailed
 from alexnet_jax.run.directory import (
+    RunDirectory,
     check_dataset,
     format_json,
     in_use,
@@ -336,3 +338,33 @@ def test_a_run_of_an_earlier_version_gets_its_checksums_now(tmp_path):
 
 def test_no_file_is_none(tmp_path):
     assert read_json(tmp_path / "results.json") is None
+
+
+def test_an_open_run_logs_and_writes(tmp_path):
+    with RunDirectory.open(tmp_path / "run", config()) as run:
+        assert (run.path, run.writable) == (tmp_path / "run", tmp_path / "run")
+        assert run.results is None
+        logging.getLogger("alexnet_jax.somewhere").warning("a message")
+        run.write(lambda folder, text: (folder / "model.txt").write_text(text), "a model")
+        run.check_dataset(DATA)
+        (run.path / "report.html").write_text("of another result")
+        run.write_results({"test": {"accuracy": 0.5}})
+        assert run.results == {"test": {"accuracy": 0.5}}
+        assert in_use(run.path)
+    logging.getLogger("alexnet_jax.somewhere").warning("another message")
+    text = (run.path / "log.txt").read_text()
+    assert ("WARNING a message" in text, "another" in text) == (True, False)
+    assert (run.path / "model.txt").read_text() == "a model"
+    assert read_json(run.path / "dataset.json") == DATA
+    assert not (run.path / "report.html").exists()
+    with RunDirectory.open(tmp_path / "run", config()) as run:
+        assert run.results == {"test": {"accuracy": 0.5}}
+
+
+def test_an_invalid_config_makes_no_folder(tmp_path):
+    with (
+        pytest.raises(InputError, match=r"train\.epochs"),
+        RunDirectory.open(tmp_path / "run", config(train__epochs=0)),
+    ):
+        pass
+    assert not (tmp_path / "run").exists()
