@@ -186,7 +186,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
             results["best_step"] = checkpoints.best_step
             with processes.together():
                 if first:
-                    inputs.write_evidence(
+                    inputs.write_inputs(
                         folder,
                         answers,
                         samples=data.examples(inputs.SAMPLES),
@@ -495,7 +495,7 @@ def _measure_at_the_end(
     state: TrainState,
     writer: writers.RunWriter,
     mesh: Mesh,
-) -> tuple[dict[str, Any], inputs.Answers]:
+) -> tuple[dict[str, Any], inputs.Predictions]:
     """Measures the finished network on the validation and test images; returns the results.
 
     With them come the answers for the test images, of the averaged weights where they are kept; of
@@ -512,7 +512,7 @@ def _measure_at_the_end(
             name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")
         },
     }
-    answers = inputs.Answers()
+    answers = inputs.Predictions()
     last = "test" if data.read_test else "validation"
     tested = measures_of(programs.measure, state, last)
     judged = f"{last}_ema" if state.ema else last

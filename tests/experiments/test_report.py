@@ -195,10 +195,10 @@ def judged(rng, rows, masked=0):
 def test_answers_are_in_the_order_of_the_test_set_and_mistakes_in_that_of_confidence():
     rng = np.random.default_rng(0)
     batches = [judged(rng, 40), judged(rng, 40, masked=7)]
-    answers = inputs.Answers()
+    answers = inputs.Predictions()
     for batch, _ in batches:
         answers.add(batch)
-    predictions, mistakes = answers.predictions(), answers.mistakes()
+    predictions, mistakes = answers.arrays(), answers.misclassified()
     masks = [batch["mask"] for batch, _ in batches]
     for name, values in predictions.items():
         whole = [batch[name][mask] for (batch, _), mask in zip(batches, masks, strict=True)]
@@ -214,10 +214,10 @@ def test_answers_are_in_the_order_of_the_test_set_and_mistakes_in_that_of_confid
 def test_a_network_without_mistakes_has_none():
     batch, _ = judged(np.random.default_rng(0), 8)
     batch["label"] = batch["classes"][:, 0]
-    answers = inputs.Answers()
+    answers = inputs.Predictions()
     answers.add(batch)
-    assert list(answers.mistakes()) == ["mistake_index"]
-    assert len(answers.mistakes()["mistake_index"]) == 0
+    assert list(answers.misclassified()) == ["mistake_index"]
+    assert len(answers.misclassified()["mistake_index"]) == 0
 
 
 def test_samples_histograms_and_filters():

@@ -1,6 +1,6 @@
 """What a person looks at when a run has ended: ``report.html``, its figures, and class by class.
 
-`evidence` is what a run leaves for it; `measures` works out figures, `figures` draws them, `page`
+`inputs` is what a run leaves for it; `statistics` works out figures, `figures` draws them, `page`
 puts them together. Nothing here needs the data set, and only drawing needs Matplotlib.
 """
 

@@ -49,8 +49,8 @@ _PACKAGES = (
 )
 
 
-class Answers:
-    """Gathers what the network answers for the images it is judged by, batch by batch."""
+class Predictions:
+    """Collects the predictions for the test images, batch by batch."""
 
     def __init__(self) -> None:
         self._rows: list[Arrays] = []
@@ -77,7 +77,7 @@ class Answers:
         self._rows.append({name: values[mask] for name, values in found.items()})
         self._seen += int(mask.sum())
 
-    def predictions(self) -> Arrays:
+    def arrays(self) -> Arrays:
         """Returns what ``predictions.npz`` holds of N images, in the order of their set.
 
         `label` int32[N]; `classes` int32[N, K], the likeliest, likeliest first; their
@@ -87,7 +87,7 @@ class Answers:
         self._pending = None
         return {name: np.concatenate([rows[name] for rows in self._rows]) for name in self._rows[0]}
 
-    def mistakes(self) -> Arrays:
+    def misclassified(self) -> Arrays:
         """Returns index int32[M] and pictures uint8[M, H, W, C] of the most confident mistakes."""
         self._take(self._pending)
         self._pending = None
@@ -185,9 +185,9 @@ def read_arrays(path: Path) -> Arrays:
         raise InputError(f"{path} is damaged ({error}); put back a copy, or remove it.") from None
 
 
-def write_evidence(
+def write_inputs(
     folder: Path,
-    answers: Answers,
+    predictions: Predictions,
     *,
     samples: np.ndarray,
     augment: Augment,
@@ -198,16 +198,16 @@ def write_evidence(
 
     Args:
         folder: The run folder.
-        answers: Of the whole test set.
+        predictions: For the whole test set.
         samples: uint8[n, H, W, C], some training images.
         augment: As training changes them.
         variables: Of the network that was tested.
         seed: Of the random changes.
     """
-    write_arrays(folder / PREDICTIONS, answers.predictions())
+    write_arrays(folder / PREDICTIONS, predictions.arrays())
     write_arrays(
         folder / REPORT_DATA,
-        answers.mistakes()
+        predictions.misclassified()
         | augmented(samples, augment, seed)
         | first_filters(variables, samples.shape[-1])
         | histograms(variables["params"]),
