@@ -6,13 +6,14 @@ The same command goes on where an interrupted run stopped; --help lists options 
 import logging
 import shlex
 import sys
+from collections.abc import Sequence
 
 from alexnet_jax.cli import common
 from alexnet_jax.errors import EXIT_CTRL_C, Diverged, InputError, Interrupted, SaveFailed
 
 
 @common.entry_point()
-def run() -> int:
+def run(arguments: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for, and returns the exit code."""
     # Imports take seconds: here Ctrl-C ends them as it ends the rest.
     from alexnet_jax import environment
@@ -20,10 +21,12 @@ def run() -> int:
     from alexnet_jax.distributed import processes
     from alexnet_jax.run import writers
 
-    again = shlex.join(["python", "-m", "alexnet_jax.main", *sys.argv[1:]])
+    program = "alexnet-jax train" if arguments is not None else "python -m alexnet_jax.main"
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    again = shlex.join([*program.split(), *given])
     process = 0  # the first speaks for all
     try:
-        config, workdir, flags = command_line.parse(sys.argv)
+        config, workdir, flags = command_line.parse([program, *given])
         writers.log_to_terminal()
         notes = environment.prepare()
         with processes.joined(flags) as process:

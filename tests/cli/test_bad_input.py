@@ -415,8 +415,8 @@ def test_a_mutated_command_line_is_refused_or_can_be_run(answer, arguments):
         ["-m", "alexnet_jax.main", f"--config={'x' * 300}"],
         ["-m", "alexnet_jax.main", "--config=configs/digits.py", "--config.optimizer.eps=1e-50"],
         ["-m", "alexnet_jax.main", "--config=configs/digits.py", f"--config.seed={'9' * 5000}"],
-        ["scripts/prepare_data.py", "~nobody_of_this_name/images"],
-        ["scripts/prepare_data.py", "x" * 300],
+        ["-m", "alexnet_jax.cli", "prepare", "~nobody_of_this_name/images"],
+        ["-m", "alexnet_jax.cli", "prepare", "x" * 300],
     ],
     ids=lambda arguments: " ".join(arguments)[:60],
 )

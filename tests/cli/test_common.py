@@ -15,12 +15,14 @@ import pytest
 
 from alexnet_jax import environment, main, train
 from alexnet_jax.cli import command_line, common
+from alexnet_jax.cli.main import COMMANDS
 from alexnet_jax.distributed import processes
 from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed, shell_code
 from alexnet_jax.run import writers
 
 ROOT = Path(__file__).parents[2]
-NAMES = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
+NAMES = [f"alexnet_jax.cli.{name.replace('-', '_')}" for name in COMMANDS if name != "train"]
+NAMES += sorted(f"scripts.{path.stem}" for path in (ROOT / "scripts").glob("*.py"))
 
 ENDINGS = [
     (InputError("--top=0 is too few."), 2, "error: --top=0 is too few.\n"),
@@ -28,10 +30,6 @@ ENDINGS = [
     (Diverged("the loss is nan."), 3, "error: the loss is nan.\n"),
     (KeyboardInterrupt(), 130, "Interrupted"),
 ]
-
-
-def script(name):
-    return importlib.import_module(f"scripts.{name}")
 
 
 @contextlib.contextmanager
@@ -53,7 +51,7 @@ def test_every_script_ends_alike(name, error, code, says, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", fail)
-    assert script(name).main([]) == code
+    assert importlib.import_module(name).main([]) == code
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith(says)
@@ -62,14 +60,14 @@ def test_every_script_ends_alike(name, error, code, says, monkeypatch, capsys):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_script_ends_quietly_where_nobody_reads(name, capfd):
     with nobody_reading():
-        assert script(name).main(["--help"]) == 0
+        assert importlib.import_module(name).main(["--help"]) == 0
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_script_says_how_it_may_end(name, capsys):
     with pytest.raises(SystemExit) as leaving:
-        script(name).main(["--help"])
+        importlib.import_module(name).main(["--help"])
     assert leaving.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     codes = " ".join(lines).partition("Exit codes: 0 ")[2]
@@ -83,7 +81,7 @@ def test_no_help_waits_for_jax():
 import contextlib, importlib, sys
 for name in {NAMES}:
     with contextlib.suppress(SystemExit):
-        importlib.import_module(f"scripts.{{name}}").main(["--help"])
+        importlib.import_module(name).main(["--help"])
     assert "jax" not in sys.modules, name
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
@@ -214,6 +212,7 @@ def test_a_flag_that_is_taken_is_refused_in_every_form(flag):
     common.check_flags(["--config.seeds", "--workdirs=x", "workdir"], taken, "the sweep")
 
 
+COMPARE, SWEEP = "alexnet_jax.cli.compare", "alexnet_jax.cli.sweep"
 DIGITS = "configs/digits.py"
 RATE = "--range=optimizer.learning_rate=1e-4:1e-2:log"
 
@@ -221,14 +220,29 @@ RATE = "--range=optimizer.learning_rate=1e-4:1e-2:log"
 @pytest.mark.parametrize(
     ("name", "own", "flag", "who"),
     [
-        ("ablation", [], "--config=x.py", "the comparison"),
-        ("ablation", [], "--config.num_seeds=2", "the comparison"),
-        ("compare", [DIGITS], "--workdir=x", "the comparison"),
-        ("compare", [DIGITS, "--separate_runs"], "--config.seed=3", "the comparison"),
-        ("sweep", [f"--config={DIGITS}", RATE], "--workdir=x", "the sweep"),
-        ("sweep", [f"--config={DIGITS}", RATE], "--noconfig.eval.test", "the sweep"),
-        ("sweep", [f"--config={DIGITS}", RATE], "--config.optimizer.learning_rate=1", "the sweep"),
-        ("launch_local", ["2"], "--process_id=0", "launch_local"),
+        ("scripts.ablation", [], "--config=x.py", "the comparison"),
+        ("scripts.ablation", [], "--config.num_seeds=2", "the comparison"),
+        (COMPARE, [DIGITS], "--workdir=x", "the comparison"),
+        (
+            "alexnet_jax.cli.compare",
+            [DIGITS, "--separate_runs"],
+            "--config.seed=3",
+            "the comparison",
+        ),
+        (SWEEP, [f"--config={DIGITS}", RATE], "--workdir=x", "the sweep"),
+        (
+            "alexnet_jax.cli.sweep",
+            [f"--config={DIGITS}", RATE],
+            "--noconfig.eval.test",
+            "the sweep",
+        ),
+        (
+            "alexnet_jax.cli.sweep",
+            [f"--config={DIGITS}", RATE],
+            "--config.optimizer.learning_rate=1",
+            "the sweep",
+        ),
+        ("scripts.launch_local", ["2"], "--process_id=0", "launch_local"),
     ],
 )
 def test_what_a_program_sets_in_its_runs_is_refused_after_dashes(
@@ -236,7 +250,7 @@ def test_what_a_program_sets_in_its_runs_is_refused_after_dashes(
 ):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(subprocess.Popen, "__init__", lambda *_, **__: pytest.fail("started"))
-    assert script(name).main([*own, "--", "--config.train.epochs=2", flag]) == 2
+    assert importlib.import_module(name).main([*own, "--", "--config.train.epochs=2", flag]) == 2
     given = flag.split("=")[0]
     assert capsys.readouterr() == (
         "",

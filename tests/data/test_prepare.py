@@ -20,15 +20,14 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from alexnet_jax.cli import prepare as script
 from alexnet_jax.config import default_config
 from alexnet_jax.data import decode
 from alexnet_jax.data.prepare import builders, prepare, trees
 from alexnet_jax.data.source import load_source
 from alexnet_jax.errors import InputError
-from scripts import prepare_data as script
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
 
 def encoded(color=(200, 30, 60), size=(12, 10), mode="RGB", kind="PNG", **options):
@@ -706,7 +705,7 @@ def test_ctrl_c_in_a_real_process(tmp_path):
     path = write_folder(tmp_path / "pets", tree_files(count=5000))
     data_dir = tmp_path / "tfds"
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, path, f"--data_dir={data_dir}"],
+        [sys.executable, "-m", "alexnet_jax.cli", "prepare", path, f"--data_dir={data_dir}"],
         env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
         stderr=subprocess.PIPE,
         text=True,

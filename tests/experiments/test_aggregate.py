@@ -376,7 +376,7 @@ def with_curves(folder, seconds, each, *, test=(), **options):
 
 
 def test_configs_are_compared_over_seeds_and_time(tmp_path, capsys, monkeypatch):
-    module, drawn = program("scripts", "compare"), []
+    module, drawn = program("alexnet_jax.cli", "compare"), []
     curves = {"cifar10": [(0.2, 0.4), (0.5, 0.9)], "ablation-3": [(0.3, 0.3), (0.6, 0.6)]}
 
     def train(arguments):
@@ -434,7 +434,7 @@ def test_what_cannot_be_compared_is_told_before_anything_is_trained(
 ):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(compare, "_train_one", lambda arguments: pytest.fail("trained"))
-    assert program("scripts", "compare").main(arguments) == 2
+    assert program("alexnet_jax.cli", "compare").main(arguments) == 2
     assert message in capsys.readouterr().err
 
 

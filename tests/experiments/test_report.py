@@ -11,6 +11,7 @@ import pytest
 import sklearn.metrics
 from PIL import Image
 
+from alexnet_jax.cli import report as program
 from alexnet_jax.config import default_config, flatten
 from alexnet_jax.errors import InputError
 from alexnet_jax.experiments.report import (
@@ -24,7 +25,6 @@ from alexnet_jax.experiments.report import (
     write_report,
 )
 from alexnet_jax.experiments.report.page import compact
-from scripts import report as program
 
 
 def record(split, epoch, loss, images=None):

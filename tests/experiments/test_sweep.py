@@ -10,13 +10,13 @@ from pathlib import Path
 import optuna
 import pytest
 
+from alexnet_jax.cli import sweep as program
 from alexnet_jax.config import default_config
 from alexnet_jax.errors import InputError
 from alexnet_jax.experiments import sweep
 from alexnet_jax.experiments.report import figures
 from alexnet_jax.experiments.search_space import Choice, Range, parse_space
 from alexnet_jax.run import directory
-from scripts import sweep as program
 
 ROOT = Path(__file__).parents[2]
 RATE = "optimizer.learning_rate"

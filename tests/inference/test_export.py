@@ -13,11 +13,11 @@ import pytest
 from made_up_run import ACCURACIES, SIZE, make_run
 
 import alexnet_jax
+from alexnet_jax.cli import export as script
 from alexnet_jax.errors import InputError
 from alexnet_jax.inference import export
 from alexnet_jax.inference.model_card import model_card
 from alexnet_jax.run import directory
-from scripts import export as script
 
 pytestmark = [
     # Orbax and TensorStore leave their event loops to the garbage collector.
@@ -61,7 +61,7 @@ import sys
 import numpy as np
 from alexnet_jax import environment
 environment.prepare = list
-from scripts import export as script
+from alexnet_jax.cli import export as script
 for kind in ("onnx", "savedmodel", "tflite"):
     assert script.main([{str(run)!r}, f"--format={{kind}}", f"--output={folder}/{{kind}}"]) == 0
 import tensorflow as tf

@@ -23,13 +23,12 @@ from PIL import Image
 
 import alexnet_jax
 from alexnet_jax import evaluation
+from alexnet_jax.cli import evaluate, predict
 from alexnet_jax.data import augment
 from alexnet_jax.data.source import load_source
 from alexnet_jax.distributed import sharding
 from alexnet_jax.errors import InputError
 from alexnet_jax.inference import contact_sheet, predictor, saliency
-from scripts import evaluate as evaluate_script
-from scripts import predict as predict_script
 
 pytestmark = [
     # Orbax and TensorStore leave their event loops to the garbage collector.
@@ -429,22 +428,22 @@ def test_other_data_are_measured_only_where_they_fit(network):
 def test_the_evaluation_program(run, network, tmp_path, capsys):
     right = evaluation.evaluate_network(network).results
     file = tmp_path / "figures.json"
-    assert evaluate_script.main([str(run), f"--json={file}"]) == 0
+    assert evaluate.main([str(run), f"--json={file}"]) == 0
     table = capsys.readouterr().out
     assert f"accuracy {100 * right['test_ema']['accuracy']:.2f}%" in table
     assert "most often taken for" in table
-    assert evaluate_script.main([str(run), "--views=flip"]) == 0
+    assert evaluate.main([str(run), "--views=flip"]) == 0
     with_views = capsys.readouterr().out
     assert "views" in with_views
     by_class = re.compile(r"Class by class.*(?=\n\n)", re.DOTALL)
     assert by_class.search(with_views)[0] == by_class.search(table)[0]
-    assert evaluate_script.main([str(run), "--json=-"]) == 0
+    assert evaluate.main([str(run), "--json=-"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures == json.loads(file.read_text())
     for name in ("test", "test_ema"):
         assert figures["results"][name]["loss"] == float(right[name]["loss"])
         assert figures["results"][name]["confusion"] == right[name]["confusion"].tolist()
-    assert evaluate_script.main([str(run), "--split=tset"]) == 2
+    assert evaluate.main([str(run), "--split=tset"]) == 2
     assert capsys.readouterr().err.startswith("error: digits has no images for the split 'tset'")
 
 
@@ -494,7 +493,7 @@ def pictures_folder(tmp_path, test_set):
 def program(*arguments):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = predict_script.main([str(argument) for argument in arguments])
+        code = predict.main([str(argument) for argument in arguments])
     return code, out.getvalue(), err.getvalue()
 
 

@@ -75,7 +75,7 @@ def state_dict(twin):
 
 
 def script(name):
-    return importlib.import_module(f"scripts.{name}")
+    return importlib.import_module(f"alexnet_jax.cli.{name}")
 
 
 @pytest.mark.parametrize("size", [(63, 63), (100, 180), (224, 224), (256, 256)])
