@@ -42,7 +42,7 @@ class SaveFailed(OSError):
 
 
 class Interrupted(Exception):
-    """A person or a scheduler asked the run to stop, and it has saved where it stands.
+    """A signal asked the run to stop, and it has saved a checkpoint.
 
     Attributes:
         step: The step that was saved.
@@ -55,15 +55,19 @@ class Interrupted(Exception):
         self.step = step
 
 
+# With many processes, all of them raise these at the same point.
+AGREED = (InputError, Diverged, SaveFailed, Interrupted)
+
+
 def printable(text: str) -> str:
-    """Escapes what would move a terminal's cursor, or change its colours."""
+    """Escapes what moves a terminal's cursor or changes its colors."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def show(value: Any) -> str:
-    """Writes a value for a sentence: in one line that is not long, whatever it is."""
+    """Formats a value for a sentence: one short line, whatever it is."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # An int of more than 4,300 digits, or a class of a person's own.
+    except Exception:  # an int of more than 4,300 digits, or a user's own class
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:60]}...{text[-17:]}"

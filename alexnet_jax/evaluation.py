@@ -133,7 +133,7 @@ def evaluate_network(
         looks["_tta"] = several
     module = network.module.clone(ops=chosen)
     programs = {
-        suffix: sharding.compile_reading(
+        suffix: sharding.jit_eval(
             functools.partial(
                 steps.eval_step, model=module, normalize=network.normalize, views=each
             ),

@@ -18,7 +18,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     # Imports take seconds: here Ctrl-C ends them as it ends the rest.
     from alexnet_jax import environment
     from alexnet_jax.cli import command_line
-    from alexnet_jax.distributed import processes
+    from alexnet_jax.distributed import initialize
     from alexnet_jax.run import writers
 
     program = "alexnet-jax train" if arguments is not None else "python -m alexnet_jax.main"
@@ -29,7 +29,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         config, workdir, flags = command_line.parse([program, *given])
         writers.log_to_terminal()
         notes = environment.prepare()
-        with processes.joined(flags) as process:
+        with initialize.initialized(flags) as process:
             if process:
                 writers.log_to_terminal(level=logging.WARNING)
             from alexnet_jax.train import train_and_evaluate  # only now: mistakes fail at once

@@ -26,7 +26,7 @@ from alexnet_jax.config import input_size, validate
 from alexnet_jax.data import augment, sampling, streaming
 from alexnet_jax.data.load import RunData, load_data
 from alexnet_jax.data.tta import Views, create_views
-from alexnet_jax.distributed import processes, replicas, sharding
+from alexnet_jax.distributed import collectives, replicas, sharding, watchdog
 from alexnet_jax.distributed.preemption import stop_requests
 from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed
 from alexnet_jax.evaluation import evaluate, measures_of
@@ -70,7 +70,7 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Trains the network of a config, or goes on where it stopped, and measures it at the end.
 
-    With many processes (see `processes.joined`) all of them call this alike and get the same
+    With many processes (see `initialize.initialized`) all of them call this alike and get the same
     results, but for each one's own time and hardware; the first alone writes files.
 
     Args:
@@ -92,7 +92,7 @@ def train_and_evaluate(
     mesh = sharding.make_mesh()
     first = jax.process_index() == 0
     with ExitStack() as closing_all:
-        with processes.together():
+        with collectives.fail_together():
             validate(config)
             sharding.check_batch_size(config.train.batch_size, mesh.size)
             folder = (
@@ -100,8 +100,8 @@ def train_and_evaluate(
                 if first
                 else Path(workdir).expanduser().absolute()
             )
-        processes.same_everywhere(directory.fixed_options(config), "the config")
-        with processes.together():
+        collectives.check_equal(directory.fixed_options(config), "the config")
+        with collectives.fail_together():
             directory.check_shared(folder)
             results = directory.read_json(folder / directory.RESULTS)
         if first:
@@ -112,7 +112,7 @@ def train_and_evaluate(
             results = _train(config, folder, mesh)
         else:
             log.info("This run is finished; nothing is left to do.")
-        with processes.together():
+        with collectives.fail_together():
             if first:
                 _make_report(folder)
         if first:
@@ -122,15 +122,15 @@ def train_and_evaluate(
 
 def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     first = jax.process_index() == 0
-    with processes.together():
+    with collectives.fail_together():
         data = load_data(config, mesh)
         start = initialize_from.open_start(config, folder)
         data = data._replace(info=data.info | start.info)
         if first:
             directory.check_dataset(folder, data.info)
-    processes.same_everywhere(data.info, "the data set")
+    collectives.check_equal(data.info, "the data set")
     # By the memory of each, unless config.data.in_memory says so; the programs would not meet.
-    processes.same_everywhere(data.in_memory, "which of the images fit into the memory")
+    collectives.check_equal(data.in_memory, "which of the images fit into the memory")
     steps_per_epoch = data.steps_per_epoch
 
     platform = mesh.devices.flat[0].platform
@@ -142,19 +142,19 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
         checkpoints = closing_all.enter_context(
             closing(Checkpoints(folder / directory.CHECKPOINTS))
         )
-        closing_all.enter_context(processes.nobody_left_waiting())  # not even by closing
-        with processes.together():
+        closing_all.enter_context(watchdog.exit_on_error())  # not even by closing
+        with collectives.fail_together():
             state, progress = _restore_or_create(config, checkpoints, programs, start, mesh)
-        processes.same_everywhere(state.steps_taken, "the newest readable checkpoint")
+        collectives.check_equal(state.steps_taken, "the newest readable checkpoint")
         if "whitening" in state.model_state:  # measured by each process for itself
             measured = checksums.fingerprints(state.model_state["whitening"])
-            processes.same_everywhere(measured, "the whitening of the images")
+            collectives.check_equal(measured, "the whitening of the images")
         shapes = _shapes_of_one(config, state).variables
         description = describe(model, _input_shape(config), shapes)
         log.info("%s", description)
         if share := muon_share(config.optimizer, shapes["params"]):
             log.info("%s", share)
-        with processes.together():
+        with collectives.fail_together():
             if first:
                 inputs.write_environment(
                     folder, str(description), sharding.hardware(mesh), jax.process_count()
@@ -169,7 +169,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
             f"{mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}",
             f" of {jax.process_count()} processes" if jax.process_count() > 1 else "",
         )
-        with processes.together():
+        with collectives.fail_together():
             writer = writers.RunWriter(
                 folder if first else None,
                 step=state.steps_taken,
@@ -184,7 +184,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
             results, answers = _measure_at_the_end(config, data, programs, state, writer, mesh)
             results["flops"] = description.flops
             results["best_step"] = checkpoints.best_step
-            with processes.together():
+            with collectives.fail_together():
                 if first:
                     inputs.write_inputs(
                         folder,
@@ -195,7 +195,7 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
                         seed=config.seed,
                     )
     # All is written now, also by the threads and the process that write behind the run's back.
-    with processes.together():
+    with collectives.fail_together():
         if first:
             if not writer.complete:
                 raise SaveFailed(
@@ -250,7 +250,7 @@ def _build(
             "need them on the devices (config.data.in_memory), or a run each."
         )
     if streams:
-        compiled = sharding.compile_update(one_step, mesh)
+        compiled = sharding.jit_update(one_step, mesh)
 
     @functools.cache
     def advance(num_steps: int) -> Callable[..., tuple[TrainState, TrainMetrics]]:
@@ -267,13 +267,13 @@ def _build(
         )
         if count > 1:
             return replicas.compile_update(several, count, mesh, in_turn=in_turn)
-        return sharding.compile_update(several, mesh)
+        return sharding.jit_update(several, mesh)
 
     def measure(views: Views | None) -> Callable[[TrainState, sampling.Batch], EvalMetrics]:
         step = functools.partial(steps.eval_step, model=model, normalize=normalize, views=views)
         if count > 1:
             return replicas.compile_reading(step, count, mesh, in_turn=in_turn)
-        return sharding.compile_reading(step, mesh)
+        return sharding.jit_eval(step, mesh)
 
     placement = replicas.state_sharding(count, mesh) if count > 1 else sharding.replicated(mesh)
 
@@ -303,7 +303,7 @@ def _build(
         ),
         advance=advance,
         measure=measures,
-        judge=sharding.compile_reading(
+        judge=sharding.jit_eval(
             functools.partial(steps.judge_step, model=model, normalize=normalize), mesh
         ),
         validated=_compile_validated(config, placement),
@@ -391,7 +391,7 @@ def _loop(
         log.info("Compiling the training step, which takes some seconds.")
     last_save = time.monotonic()
     pending: tuple[int, int, TrainMetrics] | None = None
-    agree = processes.Agreement(mesh)
+    agree = collectives.AnyProcess(mesh)
 
     factor = plateau_factor(state.opt_state)  # constant within an epoch
 
@@ -449,7 +449,7 @@ def _loop(
                 checkpoints.save(state, {"train_seconds": writer.seconds}, accuracy)
                 last_save = time.monotonic()
                 agree.forget()
-        with processes.together():
+        with collectives.fail_together():
             checkpoints.finish()  # while signals are still ours: the save is what they ask for
         if not stopping:  # for what was asked during the last step, or its validation
             agree(stop_requested(), False)

@@ -105,7 +105,7 @@ def _stepper(config: ConfigDict, devices: int, batch_size: int) -> Callable[[], 
         normalize=augment.create_normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
         augment=augment.create_augment(config.augment),
     )
-    advance = sharding.compile_update(
+    advance = sharding.jit_update(
         functools.partial(
             steps.train_steps,
             step_fn=one_step,

@@ -235,7 +235,7 @@ def test_training_agrees_with_pytorch(options, norm, label_smoothing):
 
 def on_mesh(step, devices):
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    update = sharding.compile_update(step, mesh)
+    update = sharding.jit_update(step, mesh)
 
     def placed(state, batch):
         # Copied, as the update gives up what it is given.
@@ -380,7 +380,7 @@ def test_a_new_state_can_be_donated_again_and_again():
     state = create_state(Linear(), SGD, (SIZE, SIZE, 3), 0, ema=True)
     assert_same(state.ema, learned(state))
     mesh = sharding.make_mesh(jax.devices()[:1])
-    update = sharding.compile_update(step_of(Linear(), ema_decay=0.9), mesh)
+    update = sharding.jit_update(step_of(Linear(), ema_decay=0.9), mesh)
     for count in range(2):
         state, _ = update(state, batch_of(count))
     assert int(state.step) == 2
@@ -554,7 +554,7 @@ def test_judging_measures_alike_and_keeps_the_answers(strict_dtypes):
     options = {"model": model, "normalize": NORMALIZE}
     mesh = sharding.make_mesh()
     judge = functools.partial(judge_step, **options, likeliest=3, pictures=5)
-    metrics, answers = sharding.compile_reading(judge, mesh)(
+    metrics, answers = sharding.jit_eval(judge, mesh)(
         state, sharding.place(batch, sharding.split(mesh))
     )
     measured = figures(jax.jit(functools.partial(eval_step, **options))(state, batch))

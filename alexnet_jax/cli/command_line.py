@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax.config import check_type, default_config, flatten, unknown_key_message
-from alexnet_jax.distributed.processes import Flags
+from alexnet_jax.distributed.initialize import ProcessFlags
 from alexnet_jax.errors import InputError
 
 USAGE = """\
@@ -32,7 +32,7 @@ The same command goes on where an interrupted run stopped. Exit codes: 0 finishe
 """
 
 # The options that are not of the config.
-_PLAIN = ("workdir", *Flags._fields)
+_PLAIN = ("workdir", *ProcessFlags._fields)
 
 # ml_collections looks into the command line by itself, and already here; that of the process may
 # name a --flagfile that cannot be read. `parse` fills in what there is.
@@ -53,7 +53,7 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
-def parse(arguments: list[str]) -> tuple[ConfigDict, Path, Flags]:
+def parse(arguments: list[str]) -> tuple[ConfigDict, Path, ProcessFlags]:
     """Reads the command line.
 
     Args:
@@ -111,7 +111,7 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path, Flags]:
     return (
         _CONFIG.value,
         workdir,
-        Flags(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value),
+        ProcessFlags(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value),
     )
 
 

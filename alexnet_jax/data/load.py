@@ -67,9 +67,7 @@ class ResidentDataset:
             step: Where the run stands; any other may be asked for, too.
         """
         one = functools.partial(sampling.epoch_order, size=self.size)
-        order = sharding.compile_reading(
-            jax.vmap(one, in_axes=(0, None)) if key.ndim else one, self.mesh
-        )
+        order = sharding.jit_eval(jax.vmap(one, in_axes=(0, None)) if key.ndim else one, self.mesh)
 
         @functools.lru_cache(maxsize=1)  # to sort 45,000 random keys takes a CPU 30 ms
         def in_epoch(epoch: int) -> sampling.Dataset:

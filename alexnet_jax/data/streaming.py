@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from alexnet_jax.data.reading import Batches, in_rows, read_ahead
 from alexnet_jax.data.sampling import Batch, epoch_order
 from alexnet_jax.data.source import Source
-from alexnet_jax.distributed import processes, sharding
+from alexnet_jax.distributed import collectives, sharding
 
 # Workers begin anew after so many images, in whole epochs: they are told the order of all of them
 # beforehand (4 bytes each), and take seconds to begin.
@@ -164,7 +164,7 @@ def _open(
 ) -> Iterator[Iterator[Batch]]:
     # An image that cannot be read is in one process's share, and the others wait for its batch.
     with (
-        processes.alone(),
+        collectives.fail_alone(),
         read_ahead(
             Batches(source, rows),
             placement(mesh, jax.process_count()),

@@ -81,11 +81,9 @@ def compile_update(
         )
 
     # Three programs and not one, which XLA would fuse, and round, in another way.
-    take = sharding.compile_reading(
-        lambda states, orders, index: pick((states, orders), index), mesh
-    )
-    compiled = sharding.compile_update(function, mesh)
-    put = sharding.compile_update(_put, mesh)
+    take = sharding.jit_eval(lambda states, orders, index: pick((states, orders), index), mesh)
+    compiled = sharding.jit_update(function, mesh)
+    put = sharding.jit_update(_put, mesh)
 
     def update(states: TrainState, feed: dict[str, Array]) -> Any:
         measured = []
@@ -111,8 +109,8 @@ def compile_reading(
         in_turn: As of `compile_update`.
     """
     if not in_turn:
-        return sharding.compile_reading(jax.vmap(function, in_axes=(0, None)), mesh)
-    take, compiled = (sharding.compile_reading(each, mesh) for each in (pick, function))
+        return sharding.jit_eval(jax.vmap(function, in_axes=(0, None)), mesh)
+    take, compiled = (sharding.jit_eval(each, mesh) for each in (pick, function))
 
     def read(states: TrainState, batch: Any) -> Any:
         return _stacked([compiled(take(states, np.int32(index)), batch) for index in range(count)])

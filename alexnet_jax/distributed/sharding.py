@@ -66,7 +66,7 @@ def split_batch(mesh: Mesh) -> Callable[[Any], Any]:
     return lambda batch: jax.lax.with_sharding_constraint(batch, split(mesh))
 
 
-def compile_update(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def jit_update(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """Compiles a function from a state to a new state and metrics; the old state is given up.
 
     Its memory becomes the new state's, so the caller must not use it afterwards.
@@ -74,7 +74,7 @@ def compile_update(function: Callable[..., Any], mesh: Mesh) -> Callable[..., An
     return jax.jit(function, donate_argnums=0, out_shardings=replicated(mesh))
 
 
-def compile_reading(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def jit_eval(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """Compiles a function that reads its arguments and leaves them as they are."""
     return jax.jit(function, out_shardings=replicated(mesh))
 

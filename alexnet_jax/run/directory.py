@@ -23,7 +23,7 @@ import jax
 from ml_collections import ConfigDict
 
 from alexnet_jax.config import FREE_KEYS, default_config, flatten, validate
-from alexnet_jax.distributed import processes
+from alexnet_jax.distributed import collectives
 from alexnet_jax.errors import InputError, SaveFailed
 from alexnet_jax.run.files import format_json as format_json
 from alexnet_jax.run.files import read_json as read_json
@@ -109,14 +109,14 @@ class RunDirectory:
         """
         path = Path(workdir)
         with ExitStack() as stack:
-            with processes.together():
+            with collectives.fail_together():
                 validate(config)
                 if jax.process_index() == 0:
                     path = stack.enter_context(open_run_folder(path, config))
                 else:
                     path = path.expanduser().absolute()
-            processes.same_everywhere(fixed_options(config), "the config")
-            with processes.together():
+            collectives.check_equal(fixed_options(config), "the config")
+            with collectives.fail_together():
                 check_shared(path)
                 run = cls(path, read_json(path / RESULTS))
             if jax.process_index() == 0:
@@ -137,7 +137,7 @@ class RunDirectory:
         self, function: Callable[Concatenate[Path, P], None], *args: P.args, **options: P.kwargs
     ) -> None:
         """Calls `function(path, *args, **options)` on the first process."""
-        with processes.together():
+        with collectives.fail_together():
             if folder := self.writable:
                 function(folder, *args, **options)
 
@@ -151,7 +151,7 @@ class RunDirectory:
             InputError: The data files have changed, or differ between the processes.
         """
         self.write(check_dataset, info)
-        processes.same_everywhere(info, "the data set")
+        collectives.check_equal(info, "the data set")
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Writes ``results.json``, after which the run is finished."""

@@ -16,7 +16,7 @@ import pytest
 from alexnet_jax import environment, main, train
 from alexnet_jax.cli import command_line, common
 from alexnet_jax.cli.main import COMMANDS
-from alexnet_jax.distributed import processes
+from alexnet_jax.distributed import initialize
 from alexnet_jax.errors import Diverged, InputError, Interrupted, SaveFailed, shell_code
 from alexnet_jax.run import writers
 
@@ -161,12 +161,12 @@ def test_of_many_processes_the_first_says_how_training_ended(
     def fail(*_):
         raise error
 
-    flags = processes.Flags("localhost:1234", 2, process)
+    flags = initialize.ProcessFlags("localhost:1234", 2, process)
     monkeypatch.setattr(sys, "argv", ["main.py", "--x"])
     monkeypatch.setattr(command_line, "parse", lambda _: (None, None, flags))
     monkeypatch.setattr(writers, "log_to_terminal", lambda **_: None)
     monkeypatch.setattr(environment, "prepare", lambda: ())
-    monkeypatch.setattr(processes, "joined", lambda _: contextlib.nullcontext(process))
+    monkeypatch.setattr(initialize, "initialized", lambda _: contextlib.nullcontext(process))
     monkeypatch.setattr(train, "train_and_evaluate", fail)
     assert main.run() == code
     err = capsys.readouterr().err

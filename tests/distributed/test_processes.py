@@ -13,8 +13,8 @@ import jax
 import pytest
 
 from alexnet_jax import train
-from alexnet_jax.distributed import processes, sharding
-from alexnet_jax.distributed.processes import Flags, find, joined
+from alexnet_jax.distributed import collectives, sharding
+from alexnet_jax.distributed.initialize import ProcessFlags, initialize_arguments, initialized
 from alexnet_jax.errors import EXIT_LOST, InputError
 from alexnet_jax.run import directory, writers
 from alexnet_jax.train import train_and_evaluate
@@ -47,41 +47,59 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (Flags(coordinator="a:1"), "--coordinator is given without --num_processes and --process_"),
-        (Flags(num_processes=2), "--num_processes is given without --coordinator and --process_id"),
-        (Flags("a:1", 2), "--coordinator and --num_processes are given without --process_id; give"),
-        (Flags(num_processes=2, process_id=1), "are given without --coordinator; give all three"),
-        (Flags("a:1", 0, 0), "--num_processes=0 is impossible; it must be at least 1"),
-        (Flags("a:1", 2, 2), "--process_id=2 .* --num_processes=2; it must be .* less than 2"),
-        (Flags("a:1", 2, -1), "--process_id=-1 is impossible"),
-        (Flags(None, 1, 1), "are given without --coordinator"),
-        (Flags("a", 2, 0), "--coordinator=a is no address; it must be host:port"),
-        (Flags("a:b", 2, 0), "--coordinator=a:b is no address"),
-        (Flags(":1", 2, 0), "--coordinator=:1 is no address"),
-        (Flags("a:65536", 2, 0), "--coordinator=a:65536 is no address"),
-        (Flags("", 2, 0), "--coordinator= is no address"),
+        (
+            ProcessFlags(coordinator="a:1"),
+            "--coordinator is given without --num_processes and --process_",
+        ),
+        (
+            ProcessFlags(num_processes=2),
+            "--num_processes is given without --coordinator and --process_id",
+        ),
+        (
+            ProcessFlags("a:1", 2),
+            "--coordinator and --num_processes are given without --process_id; give",
+        ),
+        (
+            ProcessFlags(num_processes=2, process_id=1),
+            "are given without --coordinator; give all three",
+        ),
+        (ProcessFlags("a:1", 0, 0), "--num_processes=0 is out of range; it must be at least 1"),
+        (
+            ProcessFlags("a:1", 2, 2),
+            "--process_id=2 .* --num_processes=2; it must be .* less than 2",
+        ),
+        (ProcessFlags("a:1", 2, -1), "--process_id=-1 is out of range"),
+        (ProcessFlags(None, 1, 1), "are given without --coordinator"),
+        (ProcessFlags("a", 2, 0), "--coordinator=a is not an address; it must be host:port"),
+        (ProcessFlags("a:b", 2, 0), "--coordinator=a:b is not an address"),
+        (ProcessFlags(":1", 2, 0), "--coordinator=:1 is not an address"),
+        (ProcessFlags("a:65536", 2, 0), "--coordinator=a:65536 is not an address"),
+        (ProcessFlags("", 2, 0), "--coordinator= is not an address"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(flags, says):
     with pytest.raises(InputError, match=says):
-        find(flags, {})
+        initialize_arguments(flags, {})
 
 
 @pytest.mark.parametrize(
     ("flags", "environment"),
     [
-        (Flags(), {}),
-        (Flags(num_processes=1), SLURM | OPEN_MPI),
-        (Flags(None, 1, 0), {}),
-        (Flags(), SLURM | {"SLURM_NTASKS": "1"}),
-        (Flags(), {k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}),  # no srun
-        (Flags(), {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}),
-        (Flags(), POD),
-        (Flags(), POD | {"JOB_COMPLETION_INDEX": "0"}),  # without the package to ask with
+        (ProcessFlags(), {}),
+        (ProcessFlags(num_processes=1), SLURM | OPEN_MPI),
+        (ProcessFlags(None, 1, 0), {}),
+        (ProcessFlags(), SLURM | {"SLURM_NTASKS": "1"}),
+        (ProcessFlags(), {k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}),  # no srun
+        (
+            ProcessFlags(),
+            {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"},
+        ),
+        (ProcessFlags(), POD),
+        (ProcessFlags(), POD | {"JOB_COMPLETION_INDEX": "0"}),  # without the package to ask with
     ],
 )
 def test_a_process_on_its_own_joins_nothing(flags, environment):
-    assert find(flags, environment) is None
+    assert initialize_arguments(flags, environment) is None
 
 
 @pytest.mark.parametrize(
@@ -90,33 +108,36 @@ def test_a_process_on_its_own_joins_nothing(flags, environment):
 )
 def test_clusters_are_found(environment, method):
     """By us as by JAX, which is to find out the rest."""
-    assert find(Flags(), environment) == {"cluster_detection_method": method}
+    assert initialize_arguments(ProcessFlags(), environment) == {"cluster_detection_method": method}
 
 
 def test_flags_go_before_the_environment():
-    found = find(Flags("a:1", 4, 3), SLURM | OPEN_MPI)
+    found = initialize_arguments(ProcessFlags("a:1", 4, 3), SLURM | OPEN_MPI)
     assert found.pop("cluster_detection_method") == "deactivate"
     assert found == {"coordinator_address": "a:1", "num_processes": 4, "process_id": 3}
 
 
 def test_open_mpi_5_is_found_on_one_host_only():
-    found = find(Flags(), OPEN_MPI | {"PMIX_NAMESPACE": "prterun-1"})
+    found = initialize_arguments(ProcessFlags(), OPEN_MPI | {"PMIX_NAMESPACE": "prterun-1"})
     assert (found["num_processes"], found["process_id"], found["local_device_ids"]) == (2, 1, [1])
     # All processes of a job must come to the same port, whatever else they draw.
     assert found["coordinator_address"] == "127.0.0.1:62649"
     with pytest.raises(InputError, match="does not say where process 0 is; give --coordinator"):
-        find(Flags(), OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+        initialize_arguments(ProcessFlags(), OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
 
 
 def test_an_environment_that_cannot_be_read_is_a_sentence(monkeypatch):
     for name, value in (SLURM | {"SLURM_NTASKS": ""}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=r"cannot be read .* --num_processes=1"), joined(Flags()):
+    with (
+        pytest.raises(InputError, match=r"cannot be read .* --num_processes=1"),
+        initialized(ProcessFlags()),
+    ):
         pass
 
 
 def test_alone_an_agreement_is_what_one_wishes():
-    agree = processes.Agreement(sharding.make_mesh())
+    agree = collectives.AnyProcess(sharding.make_mesh())
     assert agree(True, False) == (True, False)
     assert agree(False, True) == (False, True)
 
@@ -131,9 +152,9 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):
 DRIVER = """
 import os, sys
 from alexnet_jax import main
-from alexnet_jax.distributed import processes
+from alexnet_jax.distributed import watchdog
 from alexnet_jax.run import writers
-processes.HEARTBEAT_SECONDS = 10
+watchdog.HEARTBEAT_SECONDS = 10
 number, step = int(sys.argv[1]), int(sys.argv[2])
 update = writers.Progress.update
 def update_then_signal(self, record):
@@ -152,14 +173,20 @@ def free_address():
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def run_two(*arguments, signals=((0, 0), (0, 0)), code=DRIVER):
-    """Returns exit code and standard error of two processes with two devices each."""
+def run_two(*arguments, signals=((0, 0), (0, 0)), code=DRIVER, slurm=False):
+    """Returns exit code and standard error of two processes with two devices each.
+
+    With `slurm` they find each other by the environment that `srun` would set.
+    """
     address = free_address()
     variables = {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "2",
         "PYTHONPATH": str(ROOT),
     }
+    if slurm:  # JAX takes the last 12 bits of the job's number for the port
+        job = {"SLURM_JOB_ID": address.split(":")[1], "SLURM_STEP_NODELIST": "localhost"}
+        variables |= SLURM | job
     started = [
         subprocess.Popen(
             [
@@ -167,7 +194,7 @@ def run_two(*arguments, signals=((0, 0), (0, 0)), code=DRIVER):
                 *(f"--coordinator={address}", "--num_processes=2", f"--process_id={i}"),
             ],
             cwd=ROOT,
-            env=os.environ | variables,
+            env=os.environ | variables | ({"SLURM_PROCID": str(i)} if slurm else {}),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -234,7 +261,9 @@ def test_two_processes_train_stop_die_and_go_on_as_one(tmp_path, monkeypatch):
     ended = run_two(*arguments, signals=((0, 0), (int(signal.SIGKILL), 14)))
     assert [code for code, _ in ended] == [EXIT_LOST, -signal.SIGKILL], ended
     assert f"Going on from step {saved}." in ended[0][1]
-    assert "error: process 1 of this run is gone, and none can go on without it; st" in ended[0][1]
+    assert (
+        "error: process 1 of this run is gone, and none can continue without it; re" in ended[0][1]
+    )
     assert "Traceback" not in ended[0][1]
 
     # What two processes have saved goes on in one, with another number of devices.
@@ -261,27 +290,29 @@ def test_two_processes_train_stop_die_and_go_on_as_one(tmp_path, monkeypatch):
 MISTAKEN = """
 import os, sys
 from alexnet_jax import errors
-from alexnet_jax.distributed import processes, sharding
-from alexnet_jax.distributed.processes import Flags
+from alexnet_jax.distributed import collectives, sharding
+from alexnet_jax.distributed.initialize import ProcessFlags, initialized
 import jax
-host, count, process = (a.split("=")[1] for a in sys.argv[-3:])
+flags, (host, count, process) = ProcessFlags(), (a.split("=")[1] for a in sys.argv[-3:])
 process = int(process)
-with processes.joined(Flags(host, int(count), process)) as found:
+if "SLURM_JOB_ID" not in os.environ:
+    flags = ProcessFlags(host, int(count), process)
+with initialized(flags) as found:
     assert found == process == jax.process_index()
     mesh = sharding.make_mesh()
     assert mesh.size == 4
-    agree = processes.Agreement(mesh)
+    agree = collectives.AnyProcess(mesh)
     said = [agree(process == 1 and i == 2, i == 3) for i in range(6)]
     n, y = False, True
     assert said == [(n, n), (n, n), (n, n), (y, n), (n, y), (n, n)], said
     agree(True, True)
     agree.forget()
     assert agree(False, False) == (False, False)
-    processes.same_everywhere([1, "a"], "the list")
-    for what in (lambda: processes.same_everywhere(process, "the number"), None):
+    collectives.check_equal([1, "a"], "the list")
+    for what in (lambda: collectives.check_equal(process, "the number"), None):
         try:
             if what is None:
-                with processes.together():
+                with collectives.fail_together():
                     if process == 1:
                         raise errors.InputError("x" * 3000)
             else:
@@ -291,7 +322,7 @@ with processes.joined(Flags(host, int(count), process)) as found:
     if process == 1 and sys.argv[3] == "program":
         raise KeyError("a mistake of the program")
     if process == 1:
-        with processes.alone():
+        with collectives.fail_alone():
             raise errors.InputError("image 7 cannot be decoded.")
     jax.block_until_ready(agree(True))
     jax.experimental.multihost_utils.sync_global_devices("wait for one that does not come")
@@ -306,14 +337,14 @@ def test_an_error_of_one_process_alone_ends_all():
 
 
 def test_processes_agree_and_fail_together():
-    (first, said), (second, said_too) = run_two("program", code=MISTAKEN)
+    (first, said), (second, said_too) = run_two("program", code=MISTAKEN, slurm=True)
     for text in (said, said_too):
-        assert "the number of process 1 is not that of process 0; it must be. 61" in text
+        assert "the number of process 1 differs from that of process 0; it mus 93" in text
         assert f"process 1: {'x' * 51} 2000" in text
     assert (first, second) == (EXIT_LOST, 1), (said, said_too)
     assert "KeyError: 'a mistake of the program'" in said_too
     assert said_too.endswith("This process ends here, and with it the others.\n")
-    assert "error: process 1 of this run is gone, and none can go on without it; start" in said
+    assert "error: process 1 of this run is gone, and none can continue without it; rerun" in said
     assert "Traceback" not in said
 
 
@@ -321,8 +352,8 @@ def test_a_coordinator_that_does_not_answer_is_a_sentence():
     code = """
 import sys
 from alexnet_jax import main
-from alexnet_jax.distributed import processes
-processes.CONNECT_SECONDS = 2
+from alexnet_jax.distributed import initialize
+initialize.CONNECT_SECONDS = 2
 sys.argv = ["main", *sys.argv[1:]]
 sys.exit(main.run())
 """
@@ -339,5 +370,5 @@ sys.exit(main.run())
     )
     assert done.returncode == EXIT_LOST
     assert re.fullmatch(
-        r"error: the processes have not all come together at .* within 2 s; .*\n", done.stderr
+        r"error: the processes have not all connected at .* within 2 s; .*\n", done.stderr
     )

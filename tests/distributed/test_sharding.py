@@ -79,9 +79,9 @@ def test_an_update_gives_up_the_old_state_and_a_reading_does_not():
     mesh = sharding.make_mesh()
     state = jax.device_put(jnp.arange(8.0), sharding.replicated(mesh))
     batch = jax.device_put(jnp.ones(8), sharding.split(mesh))
-    total = sharding.compile_reading(lambda state, batch: (state * batch).sum(), mesh)(state, batch)
+    total = sharding.jit_eval(lambda state, batch: (state * batch).sum(), mesh)(state, batch)
     assert float(total) == 28
-    new, metric = sharding.compile_update(lambda s, b: (s + b, b.sum()), mesh)(state, batch)
+    new, metric = sharding.jit_update(lambda s, b: (s + b, b.sum()), mesh)(state, batch)
     assert state.is_deleted()
     assert not batch.is_deleted()
     for result in (total, new, metric):
