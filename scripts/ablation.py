@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     own, flags = common.split(arguments)
     options = _parser().parse_args(own)
+    common.check_flags(flags, ("config", "workdir", "config.num_seeds"), "the ablation")
     rows = _rows(options.rows)
     from alexnet_jax.experiments import compare
     from alexnet_jax.run import writers  # imports JAX, as --help does not

@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from alexnet_jax.experiments import compare
     from alexnet_jax.run import writers  # imports JAX, as --help does not
 
+    taken = ["config", "workdir", "config.num_seeds"]
+    taken += ["config.seed"] * options.separate_runs
+    common.check_flags(flags, taken, "the comparison")
     for config in options.configs:
         load_config(config)  # a mistake in the last is told before the first is trained
     entries = [compare.entry(config) for config in options.configs]

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = load_config(options.config)
     workdir = options.workdir or Path("runs", f"{Path(options.config.split(':')[0]).stem}-sweep")
     space = search_space.parse_space(options.range, options.choice, config)
-    searched = [f"config.{one.key}" for one in space]
+    searched = [f"config.{key}" for key in space]
     taken = ("config", "workdir", "config.eval.test", *searched)
     common.check_flags(flags, taken, "the sweep")
     search = sweep.Sweep(
@@ -76,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finished = sweeper.run(options.trials)
         found, matters = sweep.rows(study), sweep.importances(study)
         best = sweep.best_trial(study)
-    _write(workdir, found, matters, [one.key for one in search.space if getattr(one, "log", False)])
+    logarithmic = [key for key, values in search.space.items() if getattr(values, "log", False)]
+    _write(workdir, found, matters, logarithmic)
     print(sweep.table(found))
     states = [row.state for row in found]
     print(

@@ -1,10 +1,9 @@
-"""What finished runs amount to: mean, deviation and confidence over seeds, as a table."""
+"""Statistics over seeds: mean, standard deviation and confidence interval of runs, as a table."""
 
 import dataclasses
 import functools
-import json
+import itertools
 import math
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,20 +13,16 @@ import numpy as np
 from scipy import stats
 
 from alexnet_jax.cli import command_line
-from alexnet_jax.config import FREE_KEYS, default_config, flatten
+from alexnet_jax.config import FREE_KEYS, default_config
 from alexnet_jax.errors import InputError
-from alexnet_jax.experiments import report
-from alexnet_jax.experiments.report import figures, statistics
-from alexnet_jax.run import directory, writers
+from alexnet_jax.run import directory, files
 
-# What may differ between the runs of a row.
-_SEED_KEYS = ("seed", "num_seeds")
-_MOST_ROWS = 100  # of a config file that takes the number of one, as configs/ablation.py does
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A finished run folder: what its files hold."""
+class RunResult:
+    """What the files of a finished run's folder hold."""
 
     folder: Path
     options: dict[str, Any]  # "section.key" to value
@@ -35,19 +30,25 @@ class Run:
     results: dict[str, Any]
 
     @property
+    def compared(self) -> dict[str, Any]:
+        """The options in which the runs of a row may not differ: all but seeds and FREE_KEYS."""
+        free = FREE_KEYS | {"seed", "num_seeds"}
+        return {key: value for key, value in sorted(self.options.items()) if key not in free}
+
+    @property
     def seeds(self) -> list[int]:
-        """Of its replicas."""
+        """The seeds of its networks."""
         return list(self.results.get("seeds", [self.options["seed"]]))
 
-    def accuracies(self, views: str = "", split: str = "test") -> list[float]:
-        """Returns the accuracy of each seed, 0..1; none if it was not measured so.
+    def accuracies(self, suffix: str = "", split: str = "test") -> list[float]:
+        """Returns the accuracy of each seed, from 0 to 1; [] if it was not evaluated.
 
         Args:
-            views: "" for plain images, "_tta" for the average of several views.
+            suffix: "" for plain images, "_tta" for test-time augmentation.
             split: "test" or "validation".
         """
-        # Where weights are averaged, their average is what the run was for.
-        for name in (f"{split}{views}_ema", f"{split}{views}"):
+        # A run that keeps an EMA of its weights is judged by it.
+        for name in (f"{split}{suffix}_ema", f"{split}{suffix}"):
             if name in self.results:
                 found = self.results[name]
                 return list(found.get("accuracy_each", [found["accuracy"]]))
@@ -55,288 +56,200 @@ class Run:
 
     @property
     def hardware(self) -> str:
-        """What computed it, in words."""
+        """The devices that it ran on, in words."""
         return str(self.results["devices"])
 
     @property
     def images_trained(self) -> int:
         """Images that passed through training, over all epochs and seeds."""
-        steps_per_epoch = self.dataset["images"]["train"] // self.options["train.batch_size"]
-        images = steps_per_epoch * self.options["train.batch_size"]
-        return images * self.results["epochs"] * len(self.seeds)
+        batch_size = self.options["train.batch_size"]
+        steps_per_epoch = self.dataset["images"]["train"] // batch_size
+        return steps_per_epoch * batch_size * self.results["epochs"] * len(self.seeds)
 
 
-def read_run(folder: Path) -> Run:
-    """Reads a run folder.
+Groups = Sequence[Sequence[RunResult]]
+
+
+def read_run(folder: Path) -> RunResult:
+    """Reads a run folder; an option that is newer than the run has its default.
 
     Raises:
-        InputError: It is none, or the run is not finished.
+        InputError: It is not a run folder, or the run is not finished.
     """
     names = (directory.CONFIG, directory.DATASET, directory.RESULTS)
-    options, dataset, results = (directory.read_json(folder / name) for name in names)
+    options, dataset, results = (files.read_json(folder / name) for name in names)
     if options is None:
-        raise InputError(f"{folder} is no run folder: it has no {directory.CONFIG}.")
+        raise InputError(f"{folder} is not a run folder: it has no {directory.CONFIG}.")
     if dataset is None or results is None:
-        raise InputError(
-            f"the run in {folder} is not finished; give its command again, which goes on."
-        )
-    try:  # As `directory.read_config`: an option that is newer than the run has its default.
-        defaults = dict(flatten(default_config(options.get("model.name"))))
-    except InputError:  # a network of another version
+        raise InputError(f"the run in {folder} is not finished; rerun its command to resume it.")
+    try:
+        defaults = directory.fixed_options(default_config(options.get("model.name")))
+    except InputError:  # a network that this version does not have
         defaults = {}
-    options = {key: _plain(value) for key, value in defaults.items()} | options
-    return Run(folder, options, dataset, results)
+    return RunResult(folder, defaults | options, dataset, results)
 
 
-def keep_records(runs: Sequence[Run], folder: Path) -> None:
-    """Writes what is read here of runs into a folder, small enough to stand beside their table.
-
-    Each has a folder of its name in it, which is a run folder to `read_run`; of its training steps
-    there is one record an epoch. Runs that lie in that folder are left as they are.
+def group(runs: Sequence[RunResult]) -> list[list[RunResult]]:
+    """Groups runs that differ in nothing but their seeds, in the order in which they first come.
 
     Raises:
-        InputError: Two runs have one name.
-        SaveFailed: A file cannot be written.
+        InputError: Two runs of a group have a seed in common.
     """
-    by_name: dict[str, Run] = {}
+    groups: dict[str, list[RunResult]] = {}
+    seen: dict[tuple[str, int], Path] = {}
     for run in runs:
-        name = run.folder.resolve().name
-        if name in by_name:
-            raise InputError(
-                f"{by_name[name].folder} and {run.folder} have one name, {name!r}, and one record "
-                "would replace the other; rename one of them."
-            )
-        by_name[name] = run
-    for name, run in by_name.items():
-        kept = folder / name
-        if kept.resolve() == run.folder.resolve():  # a record already, or not to become one
-            continue
-        directory.make_folder(kept)
-        directory.write_json(kept / directory.CONFIG, run.options)
-        directory.write_json(kept / directory.DATASET, run.dataset)
-        directory.write_json(kept / directory.RESULTS, run.results)
-        records = statistics.by_epoch(writers.read_metrics(run.folder / directory.METRICS))
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        directory.write_whole(kept / directory.METRICS, lines.encode())
-
-
-def group(runs: Sequence[Run]) -> list[list[Run]]:
-    """Puts runs together that differ in nothing but their seeds, in the order they came.
-
-    Raises:
-        InputError: A seed comes twice, which would count it twice.
-    """
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        same = {k: v for k, v in run.options.items() if k not in FREE_KEYS | set(_SEED_KEYS)}
-        data = run.dataset.get("checksums")  # which runs of earlier versions did not note
-        groups.setdefault(repr((sorted(same.items()), data)), []).append(run)
-    for members in groups.values():
-        where: dict[int, Path] = {}
-        for run in members:
-            for seed in run.seeds:
-                if seed in where:
-                    raise InputError(
-                        f"{where[seed]} and {run.folder} are the same run with the same seed, "
-                        f"{seed}; name one of them."
-                    )
-                where[seed] = run.folder
+        key = repr((run.compared, run.dataset.get("checksums")))  # early versions wrote none
+        groups.setdefault(key, []).append(run)
+        for seed in run.seeds:
+            if (key, seed) in seen:
+                raise InputError(
+                    f"{seen[key, seed]} and {run.folder} are the same run with the same seed, "
+                    f"{seed}; name one of them."
+                )
+            seen[key, seed] = run.folder
     return list(groups.values())
 
 
-def name_of(run: Run) -> str:
-    """Names a row after the folder of a run, without the "-0" or "-seed0" of its seed."""
-    name = run.folder.resolve().name
-    return name.removesuffix(f"-{run.seeds[0]}").removesuffix(f"-seed{run.seeds[0]}") or name
-
-
 def confidence(values: Sequence[float], level: float = 0.95) -> float:
-    """Returns half the width of the interval that holds the mean with a confidence, by Student's t.
+    """Returns half the width of the confidence interval of the mean, by Student's t.
 
     Args:
-        values: At least two; of one there is none, and NaN is returned.
+        values: At least two; NaN is returned for fewer.
         level: Between 0 and 1.
     """
     if len(values) < 2:
         return math.nan
-    error = np.std(values, ddof=1) / len(values) ** 0.5
-    return float(stats.t.ppf((1 + level) / 2, len(values) - 1) * error)
+    return float(stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values))
 
 
 def _percent(values: Sequence[float]) -> tuple[str, str, str]:
-    """Mean, deviation, and 95% interval, as texts."""
+    """Formats mean, standard deviation, and 95% interval."""
     if not values:
         return "-", "-", "-"
     mean = 100 * float(np.mean(values))
     if len(values) == 1:
         return f"{mean:.2f}", "-", "-"
     half = 100 * confidence(values)
-    deviation = 100 * float(np.std(values, ddof=1))
-    return f"{mean:.2f}", f"{deviation:.2f}", f"{mean - half:.2f} - {mean + half:.2f}"
+    std = 100 * float(np.std(values, ddof=1))
+    return f"{mean:.2f}", f"{std:.2f}", f"{mean - half:.2f} - {mean + half:.2f}"
 
 
 _COLUMNS = (
-    "recipe",
-    "{} accuracy (%)",
-    "deviation",
-    "95% interval",
-    "with views (%)",
-    "deviation",
-    "seeds",
-    "epochs",
-    "training (s)",
-    "an epoch (s)",
-    "images/s",
-    "parameters (M)",
-    "MFLOPs",
+    *("recipe", "{} accuracy (%)", "deviation", "95% interval", "with views (%)", "deviation"),
+    *("seeds", "epochs", "training (s)", "an epoch (s)", "images/s", "parameters (M)", "MFLOPs"),
 )
 
 
-def table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> str:
-    """Lays out a row for each group, in Markdown, and below on what and how each was made.
+def table(groups: Groups, names: Sequence[str]) -> str:
+    """Formats a row for each group in Markdown, and below it the data, hardware and command.
 
-    The time is of one seed, from start to end, with the measurements on validation images; where
-    the seeds of a row were trained on different hardware, of those on the hardware of the first.
-    Where a run was not to see the test set, all accuracies are of the validation images.
+    The time is of one seed, from start to end and including validation; where the seeds of a row
+    ran on different hardware, it is of those on the hardware of the first. Accuracies are of the
+    validation images where the test set was not evaluated.
 
     Args:
-        groups: Of `group`.
-        names: Of the rows.
+        groups: Groups of runs (see `group`).
+        names: The name of each row.
 
     Raises:
         InputError: Some runs have no accuracy on test images, and some none on validation images.
     """
-    runs = [run for members in groups for run in members]
-    untested = [run for run in runs if "test" not in run.results]
-    tested = not untested
-    split = "test" if tested else "validation"
+    runs = list(itertools.chain.from_iterable(groups))
+    untested = next((run for run in runs if "test" not in run.results), None)
+    split = "validation" if untested else "test"
     for run in runs:
-        if not run.accuracies("", split):
+        if untested and not run.accuracies("", split):
             raise InputError(
-                f"{untested[0].folder} was not measured on the test set, and {run.folder} not on "
+                f"{untested.folder} was not evaluated on the test set, and {run.folder} not on "
                 "validation images; make a table of each kind."
             )
-    head = " | ".join(_COLUMNS).format(split)
-    lines = [f"| {head} |", "|" + "---|" * len(_COLUMNS)]
-    for members, name in zip(groups, names, strict=True):
-        plain = [accuracy for run in members for accuracy in run.accuracies("", split)]
-        views = [accuracy for run in members for accuracy in run.accuracies("_tta", split)]
-        timed = [run for run in members if run.hardware == members[0].hardware]
-        seconds = sum(run.results["train_seconds"] for run in timed)
-        pace = sum(run.images_trained for run in timed) / max(seconds, 1e-9)
-        seconds /= sum(len(run.seeds) for run in timed)
-        first = members[0].results
-        flops = first.get("flops")
-        cells = [
-            name,
-            *_percent(plain),
-            *_percent(views)[:2],
-            str(len(plain)),
-            str(first["epochs"]),
-            f"{seconds:,.0f}",
-            f"{seconds / first['epochs']:,.0f}",
-            f"{pace:,.0f}",
-            f"{first['parameters'] / 1e6:.2f}",
-            "-" if flops is None else f"{flops / 1e6:,.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines.append("")
-    for members, name in zip(groups, names, strict=True):
-        example = members[0]
-        by_hardware: dict[str, list[int]] = {}
-        for run in members:
-            by_hardware.setdefault(run.hardware, []).extend(run.seeds)
-        where = "; ".join(
-            f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))} on {hardware}"
-            for hardware, seeds in by_hardware.items()
-        )
-        data, images = example.dataset["name"], example.dataset["images"]
-        use = "tested" if tested else "validated"
-        lines.append(
-            f"- **{name}**: {data}, trained on {images['train']:,} images, {use} "
-            f"on {images[split]:,}; {where}.  \n"
-            f"  `{command(example, name)}`"
-        )
-    return "\n".join(lines)
-
-
-def details(
-    groups: Sequence[Sequence[Run]], names: Sequence[str], pictures: Path, page: Path
-) -> str:
-    """Shows each group: its curves, its confusion matrix, and class by class, of all seeds.
-
-    Args:
-        groups: Of `group`.
-        names: Of the groups; the files are named after them.
-        pictures: A folder, made if need be, where "NAME-curves.png" and "NAME-confusion.png" go.
-        page: What the links to them start from, or will.
-
-    Returns:
-        Markdown, with a heading of the third level for each group.
-
-    Raises:
-        InputError: Two groups have one name.
-        SaveFailed: A file cannot be written.
-    """
-    lines = []
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(
-                f"two rows are called {name!r}, and the pictures of one would replace the other's: "
-                "their runs differ in more than their seeds; rename a folder."
-            )
-    for members, name in zip(groups, names, strict=True):
-        judged = report.tested_split(members[0].results)
-        confusion = np.sum([run.results[judged]["confusion"] for run in members], axis=0)
-        classes = tuple(members[0].dataset["class_names"])
-        records = [
-            of_seed
-            for run in members
-            for of_seed in statistics.by_seed(writers.read_metrics(run.folder / directory.METRICS))
-        ]
-        drawn = {"curves": figures.curves(records, name)}
-        drawn["confusion"] = figures.confusion(confusion, classes)
-        directory.make_folder(pictures)
-        lines.append(f"### {name}\n")
-        for kind, figure in drawn.items():
-            path = pictures / f"{name}-{kind}.png"
-            directory.write_whole(path, figures.png(figure))
-            link = os.path.relpath(path, page.parent)
-            lines.append(f"![{kind} of {name}]({link})")
-        lines.append(f"\n```\n{report.class_table(confusion, classes)}\n```\n")
-    return "\n".join(lines)
-
-
-def command(run: Run, name: str, configs: Path | None = None) -> str:
-    """Returns a command that makes such a run: the nearest config file, and what differs from it.
-
-    Args:
-        run: Its seed is left out.
-        name: Of its folder below "runs", where anything differs: the config's own folder is rather
-            for the config as it is.
-        configs: Folder of the config files; None is the project's.
-    """
-    candidates = []
-    for file, options in _config_files(configs or Path(__file__).parents[1] / "configs").items():
-        if options.keys() == run.options.keys():
-            changed = {
-                key: value
-                for key, value in run.options.items()
-                if _plain(value) != _plain(options[key]) and key not in FREE_KEYS | set(_SEED_KEYS)
-            }
-            candidates.append((len(changed), file, changed))
-    if not candidates:
-        return "python -m alexnet_jax.main (with options that no config file here has)"
-    _, file, changed = min(candidates, key=lambda candidate: candidate[:2])
-    flags = [
-        f"--{'' if value else 'no'}config.{key}"
-        if isinstance(value, bool)
-        else f"--config.{key}={_flag(value)}"
-        for key, value in changed.items()
+    lines = [
+        _markdown_row([column.format(split) for column in _COLUMNS]),
+        "|" + "---|" * len(_COLUMNS),
+        *(_markdown_row(_cells(*row, split)) for row in zip(groups, names, strict=True)),
+        "",
+        *(_origin(*row, split) for row in zip(groups, names, strict=True)),
     ]
+    return "\n".join(lines)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cells(members: Sequence[RunResult], name: str, split: str) -> list[str]:
+    plain = [accuracy for run in members for accuracy in run.accuracies("", split)]
+    tta = [accuracy for run in members for accuracy in run.accuracies("_tta", split)]
+    timed = [run for run in members if run.hardware == members[0].hardware]
+    total = sum(run.results["train_seconds"] for run in timed)
+    seconds = total / sum(len(run.seeds) for run in timed)
+    first = members[0].results
+    flops = first.get("flops")
+    return [
+        name,
+        *_percent(plain),
+        *_percent(tta)[:2],
+        str(len(plain)),
+        str(first["epochs"]),
+        f"{seconds:,.0f}",
+        f"{seconds / first['epochs']:,.0f}",
+        f"{sum(run.images_trained for run in timed) / max(total, 1e-9):,.0f}",
+        f"{first['parameters'] / 1e6:.2f}",
+        "-" if flops is None else f"{flops / 1e6:,.0f}",
+    ]
+
+
+def _origin(members: Sequence[RunResult], name: str, split: str) -> str:
+    """Says on which data and hardware the runs of a row were trained, and by which command."""
+    by_hardware: dict[str, list[int]] = {}
+    for run in members:
+        by_hardware.setdefault(run.hardware, []).extend(run.seeds)
+    where = "; ".join(
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))} on {hardware}"
+        for hardware, seeds in by_hardware.items()
+    )
+    dataset = members[0].dataset
+    images = dataset["images"]
+    use = "tested" if split == "test" else "validated"
+    return (
+        f"- **{name}**: {dataset['name']}, trained on {images['train']:,} images, {use} on "
+        f"{images[split]:,}; {where}.  \n  `{command(members[0], name)}`"
+    )
+
+
+def command(run: RunResult, name: str, configs: Path = CONFIGS) -> str:
+    """Returns a command that trains such a run: the nearest config file, and what differs from it.
+
+    Args:
+        run: A run; its seed is left out.
+        name: Name of the run folder below "runs" in the command, where options differ; the folder
+            named after the config is for the config as it is.
+        configs: Folder of the config files.
+    """
+    changed = {
+        file: [key for key, value in run.compared.items() if value != options[key]]
+        for file, options in _config_files(configs).items()
+        if options.keys() - {"seed", "num_seeds"} == run.compared.keys()
+    }
+    if not changed:
+        return "python -m alexnet_jax.main (with options that no config file here has)"
+    nearest = min(changed, key=lambda file: (len(changed[file]), file))
+    flags = [_flag(key, run.options[key]) for key in changed[nearest]]
     if flags:
         flags.append(shlex.quote(f"--workdir=runs/{name}"))
-    return " ".join(["python -m alexnet_jax.main", f"--config=configs/{file}", *flags])
+    return " ".join([f"python -m alexnet_jax.main --config=configs/{nearest}", *flags])
+
+
+def _flag(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{'' if value else 'no'}config.{key}"
+    if isinstance(value, list):
+        return f'--config.{key}="{str(_tuples(value)).replace(" ", "")}"'
+    return f"--config.{key}={shlex.quote(str(value)) if value != '' else ''}"
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 @functools.cache  # every row of a table is compared with all of them
@@ -344,44 +257,12 @@ def _config_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Returns the options of each config file, and of each row of one that takes its number."""
     found = {}
     for path in sorted(folder.glob("*.py")):
-        for argument in ("", *map(":{}".format, range(_MOST_ROWS))):
+        for row in itertools.chain([""], map(":{}".format, range(100))):
             try:
-                config = command_line.load_config(f"{path}{argument}")
-            except InputError:  # a file that is no config, or takes no number, or not this one
-                if argument:
+                found[f"{path.name}{row}"] = directory.fixed_options(
+                    command_line.load_config(f"{path}{row}")
+                )
+            except InputError:  # not a config file, or it takes an argument, or not this one
+                if row:
                     break
-            else:
-                found[f"{path.name}{argument}"] = dict(flatten(config))
     return found
-
-
-def _flag(value: Any) -> str:
-    if isinstance(value, list):
-        inner = ",".join(repr(item) for item in value)
-        return f'"({inner}{"," * (len(value) == 1)})"'
-    return shlex.quote(str(value)) if value != "" else ""
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it, which knows no tuples, and one kind of number."""
-    return list(value) if isinstance(value, (list, tuple)) else value
-
-
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-
-
-def put_between_marks(path: Path, text: str) -> None:
-    """Replaces what stands between `BEGIN` and `END` in a file.
-
-    Raises:
-        InputError: The file cannot be read, or has no such marks.
-    """
-    try:
-        content = path.read_text()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise InputError(f"{path} has no lines {BEGIN} and {END} to put the table between.")
-    directory.write_whole(path, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())

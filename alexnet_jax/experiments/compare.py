@@ -1,21 +1,17 @@
-"""Several configs over several seeds, each in a run folder of its own, set side by side."""
+"""Several configs over several seeds, each in a run folder of its own, compared."""
 
 import logging
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax.cli import common
 from alexnet_jax.distributed.preemption import stop_requests
 from alexnet_jax.errors import EXIT_INTERRUPTED, InputError, shell_code
-from alexnet_jax.experiments import aggregate, report
+from alexnet_jax.experiments import aggregate, launch, report
 from alexnet_jax.experiments.report import figures, statistics
-from alexnet_jax.run import directory, writers
+from alexnet_jax.run import directory, files, writers
 
 log = logging.getLogger(__name__)
 
@@ -23,15 +19,26 @@ TABLE, FIGURE, PAGE = "table.md", "comparison.png", "comparison.html"
 
 
 class Entry(NamedTuple):
-    """What is compared.
+    """One of the compared configs.
 
     Attributes:
-        name: Of the row, and of the run folder.
-        config: Path of a config file, with what may follow it after a colon.
+        name: Of its row and its run folder.
+        config: Path of the config file, with an optional argument after a colon.
     """
 
     name: str
     config: str
+
+    def runs(
+        self, workdir: Path, seeds: int, separately: bool
+    ) -> list[tuple[Path, tuple[str, ...]]]:
+        """Returns the folder of each run with the flags that are its own."""
+        if not separately:
+            return [(workdir / self.name, (f"--config.num_seeds={seeds}",))]
+        return [
+            (workdir / f"{self.name}-seed{seed}", (f"--config.seed={seed}",))
+            for seed in range(seeds)
+        ]
 
 
 def entry(config: str) -> Entry:
@@ -49,26 +56,23 @@ def train(
     *,
     separately: bool = False,
 ) -> int:
-    """Trains what is not trained yet, one run after the other.
+    """Trains one run after the other; those that are finished end at once.
 
     Args:
         entries: Of different names.
-        workdir: Holds the run folders.
-        seeds: How many, from `config.seed` 0 on.
-        flags: Of `alexnet_jax.main`, for all alike.
-        separately: Whether each seed is a run of its own, as streamed images need it; else the
-            seeds of a config share one.
+        workdir: Parent of the run folders.
+        seeds: Number of seeds, from 0 on.
+        flags: Flags of `alexnet_jax.main` for all runs.
+        separately: Whether each seed is a run of its own, which streamed images require, instead
+            of one run per config.
 
     Returns:
-        0, or the exit code of the run that ended otherwise, which has said why.
+        0, or the exit code of the first run that failed or was interrupted; it has printed why.
 
     Raises:
-        InputError: Two entries have the same name, there are no seeds, or a flag is one that the
-            runs are given here.
+        InputError: Two entries have the same name, or `seeds` is less than 1.
     """
-    taken = ("config", "workdir", "config.num_seeds", *(("config.seed",) if separately else ()))
-    common.check_flags(flags, taken, "the comparison")
-    names = [one.name for one in entries]
+    names = [each.name for each in entries]
     for name in names:
         if names.count(name) > 1:
             raise InputError(
@@ -77,61 +81,31 @@ def train(
             )
     if seeds < 1:
         raise InputError(f"the number of seeds is {seeds}; it must be at least 1.")
-    for one in entries:
-        for folder, own in _runs(one, workdir, seeds, separately):
-            log.info("%s: %s", one.name, folder)
-            code = _train_one([f"--config={one.config}", f"--workdir={folder}", *own, *flags])
-            if code == EXIT_INTERRUPTED:
-                log.info("The same command goes on from here.")
-            if code:
-                return code
-    return 0
-
-
-def _runs(
-    one: Entry, workdir: Path, seeds: int, separately: bool
-) -> list[tuple[Path, tuple[str, ...]]]:
-    """Returns the folder and the flags of each run of an entry."""
-    if not separately:
-        return [(workdir / one.name, (f"--config.num_seeds={seeds}",))]
-    return [
-        (workdir / f"{one.name}-seed{seed}", (f"--config.seed={seed}",)) for seed in range(seeds)
-    ]
-
-
-def _train_one(arguments: Sequence[str]) -> int:
-    """Trains a run in a process of its own; a request to stop is passed on, for it to save."""
     with stop_requests() as stop_requested:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "alexnet_jax.main", *arguments],
-            start_new_session=True,  # else Ctrl-C would reach it twice, which ends it at once
-        )
-        asked = False
-        try:
-            while True:
-                try:
-                    code = shell_code(process.wait(timeout=0.2))
-                    # Asked for too late for that run, which is finished, and in time for the next.
-                    return code or (EXIT_INTERRUPTED if stop_requested() else 0)
-                except subprocess.TimeoutExpired:
-                    if stop_requested() and not asked:
-                        asked = True
-                        process.send_signal(signal.SIGTERM)
-        finally:  # a second Ctrl-C leaves from anywhere, and nobody would know of the run
-            if not asked and process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+        for each in entries:
+            for folder, own in each.runs(workdir, seeds, separately):
+                log.info("%s: %s", each.name, folder)
+                arguments = [f"--config={each.config}", f"--workdir={folder}", *own, *flags]
+                code = shell_code(launch.train(arguments, stop_requested))
+                if stop_requested():  # perhaps too late for that run, but in time for the next
+                    code = code or EXIT_INTERRUPTED
+                if code == EXIT_INTERRUPTED:
+                    log.info("Rerun the same command to resume.")
+                if code:
+                    return code
+    return 0
 
 
 def compare(
     entries: Sequence[Entry], workdir: Path, seeds: int, *, separately: bool = False
 ) -> str:
-    """Sets finished runs side by side: a table, a figure, and the page of `report.py`.
+    """Compares finished runs in a table, a figure and a page, which it writes into `workdir`.
 
     Args:
-        entries: As they were trained.
-        workdir: Likewise; the three files go there.
-        seeds: Likewise.
-        separately: Likewise.
+        entries: The configs.
+        workdir: Parent of the run folders.
+        seeds: Number of seeds.
+        separately: As for `train`.
 
     Returns:
         The table, in Markdown.
@@ -141,37 +115,37 @@ def compare(
         SaveFailed: A file cannot be written.
     """
     groups = [
-        [aggregate.read_run(folder) for folder, _ in _runs(one, workdir, seeds, separately)]
-        for one in entries
+        [aggregate.read_run(folder) for folder, _ in each.runs(workdir, seeds, separately)]
+        for each in entries
     ]
-    names = [one.name for one in entries]
+    names = [each.name for each in entries]
     table = aggregate.table(groups, names)
-    directory.write_whole(workdir / TABLE, f"{table}\n".encode())
+    files.write_text(workdir / TABLE, f"{table}\n")
     runs = [run for group in groups for run in group]
     split = "validation" if all("validation" in run.results for run in runs) else "test"
-    curves = [(name, *_curves(group, split)) for name, group in zip(names, groups, strict=True)]
-    picture = figures.png(figures.accuracy_over_time(curves, split))
-    directory.write_whole(workdir / FIGURE, picture)
+    rows = [(name, *curves(group, split)) for name, group in zip(names, groups, strict=True)]
+    picture = figures.png(figures.accuracy_over_time(rows, split))
+    files.write_bytes(workdir / FIGURE, picture)
     report.write_comparison([run.folder for run in runs], workdir / PAGE)
     return table
 
 
-def _curves(group: Sequence[aggregate.Run], split: str) -> tuple[np.ndarray, np.ndarray]:
+def curves(group: Sequence[aggregate.RunResult], split: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns seconds[epochs] of one seed, and accuracies[seeds, epochs].
 
-    An epoch's time is its share of the whole training's. Without validation images there is the
-    end alone.
+    The time of an epoch is its share of the total training time. The test set is evaluated once,
+    so that its curves have one point.
     """
     seeds = sum(len(run.seeds) for run in group)
     seconds = sum(run.results["train_seconds"] for run in group) / seeds
     if split == "test":
-        ends = [accuracy for run in group for accuracy in run.accuracies()]
-        return np.array([seconds]), np.array(ends)[:, None]
-    rows: list[np.ndarray] = []
+        final = [accuracy for run in group for accuracy in run.accuracies()]
+        return np.array([seconds]), np.array(final)[:, None]
+    accuracies: list[list[float]] = []
     for run in group:
-        records = writers.read_metrics(run.folder / directory.METRICS)
-        for own in statistics.by_seed(records):
-            found = statistics.epoch_curves([r for r in own if r["split"] != "train"], "accuracy")
+        for records in statistics.by_seed(writers.read_metrics(run.folder / directory.METRICS)):
+            evaluated = [record for record in records if record["split"] != "train"]
+            found = statistics.epoch_curves(evaluated, "accuracy")
             epochs, values = found.get("validation_ema", found.get("validation", ([], [])))
-            rows.append(np.array(values))
-    return seconds * np.array(epochs) / group[0].results["epochs"], np.stack(rows)
+            accuracies.append(values)
+    return seconds * np.array(epochs) / group[0].results["epochs"], np.array(accuracies)

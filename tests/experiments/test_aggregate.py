@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,16 +13,8 @@ import pytest
 
 from alexnet_jax.config import default_config, flatten
 from alexnet_jax.errors import InputError
-from alexnet_jax.experiments import compare
-from alexnet_jax.experiments.aggregate import (
-    BEGIN,
-    END,
-    command,
-    confidence,
-    group,
-    read_run,
-    table,
-)
+from alexnet_jax.experiments import compare, launch
+from alexnet_jax.experiments.aggregate import command, confidence, group, read_run, table
 from alexnet_jax.experiments.report import figures, statistics
 from alexnet_jax.run import writers
 
@@ -192,11 +185,11 @@ def test_rows_of_one_name_do_not_replace_each_others_pictures(tmp_path, capsys):
 
 
 def test_what_is_no_finished_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="is no run folder"):
+    with pytest.raises(InputError, match="is not a run folder"):
         read_run(tmp_path)
     folder = make_run(tmp_path / "run", (0.9,))
     (folder / "results.json").unlink()
-    with pytest.raises(InputError, match="is not finished; give its command again"):
+    with pytest.raises(InputError, match="is not finished; rerun its command"):
         read_run(folder)
 
 
@@ -213,12 +206,13 @@ def test_rows_that_no_column_is_right_for_are_refused(tmp_path):
 
 
 def test_the_program_prints_the_table_and_puts_it_into_a_file(tmp_path, capsys):
-    main = program("scripts", "results").main
+    results = program("scripts", "results")
+    main = results.main
     run, page = make_run(tmp_path / "run", (0.9,)), tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    page.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
     assert main([str(run), f"--into={page}"]) == 0
     printed = capsys.readouterr().out
-    assert page.read_text() == f"before\n{BEGIN}\n{printed}{END}\nafter\n"
+    assert page.read_text() == f"before\n{results.BEGIN}\n{printed}{results.END}\nafter\n"
     page.write_text("no marks")
     assert main([str(run), f"--into={page}"]) == 2
     assert re.match(r"error: .*page\.md has no lines", capsys.readouterr().err)
@@ -226,7 +220,8 @@ def test_the_program_prints_the_table_and_puts_it_into_a_file(tmp_path, capsys):
 
 
 def test_each_row_is_shown_with_its_pictures_and_classes(tmp_path, capsys):
-    main = program("scripts", "results").main
+    results = program("scripts", "results")
+    main = results.main
     runs = []
     for seed, confusion in enumerate(([[9, 1], [2, 8]], [[7, 3], [0, 10]])):
         test = {"loss": 1.0, "accuracy": 0.85, "confusion": confusion}
@@ -242,7 +237,7 @@ def test_each_row_is_shown_with_its_pictures_and_classes(tmp_path, capsys):
         (runs[-1] / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs" / "page.md"
-    page.write_text(f"{BEGIN}\n{END}\n")
+    page.write_text(f"{results.BEGIN}\n{results.END}\n")
     assert main([*map(str, runs), f"--into={page}", f"--pictures={tmp_path / 'pictures'}"]) == 0
     text = page.read_text()
     assert capsys.readouterr().out.strip() in text
@@ -290,7 +285,7 @@ def test_records_make_the_same_table_and_curves(tmp_path, capsys):
     (tmp_path / "elsewhere").mkdir()
     other = make_run(tmp_path / "elsewhere" / "one", (0.8,), seed=7)
     assert main([str(runs[0]), str(other), f"--records={tmp_path / 'records'}"]) == 2
-    assert "have one name, 'one'" in capsys.readouterr().err
+    assert "have the same name, 'one'" in capsys.readouterr().err
 
 
 def test_the_curve_of_several_runs_is_their_mean_within_their_range():
@@ -331,7 +326,7 @@ def test_the_ablation_runs_its_rows_in_turn_and_stops_where_one_does(tmp_path, c
 
     codes = [0, 0, 75]
 
-    def train(arguments):
+    def train(arguments, should_stop):
         folder = Path(arguments[1].removeprefix("--workdir="))
         code = codes[len(called)]
         if code == 0:
@@ -339,7 +334,7 @@ def test_the_ablation_runs_its_rows_in_turn_and_stops_where_one_does(tmp_path, c
         called.append(arguments)
         return code
 
-    monkeypatch.setattr(compare, "_train_one", train)
+    monkeypatch.setattr(launch, "train", train)
     tmp_path /= "runs"
     tmp_path.mkdir()
     flags = ["--rows=0,2", "--num_seeds=2", f"--workdir={tmp_path}"]
@@ -379,7 +374,7 @@ def test_configs_are_compared_over_seeds_and_time(tmp_path, capsys, monkeypatch)
     module, drawn = program("alexnet_jax.cli", "compare"), []
     curves = {"cifar10": [(0.2, 0.4), (0.5, 0.9)], "ablation-3": [(0.3, 0.3), (0.6, 0.6)]}
 
-    def train(arguments):
+    def train(arguments, should_stop):
         folder = Path(arguments[1].removeprefix("--workdir="))
         assert arguments[2:] == ["--config.num_seeds=2", "--noconfig.eval.test"]
         different = {"model.dropout": 0.1 * len(folder.name)}
@@ -392,7 +387,7 @@ def test_configs_are_compared_over_seeds_and_time(tmp_path, capsys, monkeypatch)
         return figure(rows, split)
 
     figure = figures.accuracy_over_time
-    monkeypatch.setattr(compare, "_train_one", train)
+    monkeypatch.setattr(launch, "train", train)
     monkeypatch.setattr(figures, "accuracy_over_time", draw)
     configs = [str(ROOT / "configs" / name) for name in ("cifar10.py", "ablation.py:3")]
     flags = ["--seeds=2", f"--workdir={tmp_path}", "--", "--noconfig.eval.test"]
@@ -416,7 +411,7 @@ def test_seeds_in_runs_of_their_own_make_one_curve(tmp_path):
     table = compare.compare([compare.Entry("one", "one.py")], tmp_path, seeds=2, separately=True)
     assert "| one | 60.00 | 14.14 |" in table
     groups = [[read_run(tmp_path / f"one-seed{seed}") for seed in range(2)]]
-    seconds, accuracies = compare._curves(groups[0], "test")
+    seconds, accuracies = compare.curves(groups[0], "test")
     np.testing.assert_allclose(seconds, [100.0])
     np.testing.assert_allclose(accuracies, [[0.5], [0.7]])
 
@@ -433,7 +428,7 @@ def test_what_cannot_be_compared_is_told_before_anything_is_trained(
     arguments, message, capsys, monkeypatch
 ):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(compare, "_train_one", lambda arguments: pytest.fail("trained"))
+    monkeypatch.setattr(launch, "train", lambda *_: pytest.fail("trained"))
     assert program("alexnet_jax.cli", "compare").main(arguments) == 2
     assert message in capsys.readouterr().err
 
@@ -450,15 +445,20 @@ def test_a_request_to_stop_is_passed_on_to_the_run(monkeypatch, tmp_path):
         "time.sleep(0.5)\n"
         "sys.exit(74 + len(count))\n"
     )
-    popen = compare.subprocess.Popen
-    monkeypatch.setattr(
-        compare.subprocess,
-        "Popen",
-        lambda command, **options: popen([sys.executable, str(script)], **options),
-    )
-    assert compare._train_one([]) == 75
+    popen = subprocess.Popen
+    started = []
+
+    def start(command, **options):
+        started.append(command)
+        return popen([sys.executable, str(script)], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    entries = [compare.Entry("one", "one.py"), compare.Entry("two", "two.py")]
+    assert compare.train(entries, tmp_path, 1) == 75
+    assert len(started) == 1
     script.write_text(script.read_text().replace("74 + len(count)", "0"))
-    assert compare._train_one([]) == 75  # that run is finished, the next one is not to begin
+    assert compare.train(entries, tmp_path, 1) == 75
+    assert len(started) == 2  # that run is finished, the next one is not to begin
 
 
 def test_no_run_is_left_behind_unseen(monkeypatch):
@@ -472,7 +472,7 @@ def test_no_run_is_left_behind_unseen(monkeypatch):
         def wait(self, timeout):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare.subprocess, "Popen", lambda *_, **__: Process())
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Process())
     with pytest.raises(KeyboardInterrupt):
-        compare._train_one([])
+        launch.train([], lambda: False)
     assert signals == [signal.SIGTERM]

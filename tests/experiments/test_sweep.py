@@ -4,18 +4,19 @@ import csv
 import json
 import shutil
 import sqlite3
+import subprocess
 import sys
 from pathlib import Path
 
-import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from alexnet_jax.cli import sweep as program
 from alexnet_jax.config import default_config
 from alexnet_jax.errors import InputError
 from alexnet_jax.experiments import sweep
 from alexnet_jax.experiments.report import figures
-from alexnet_jax.experiments.search_space import Choice, Range, parse_space
+from alexnet_jax.experiments.search_space import parse_space
 from alexnet_jax.run import directory
 
 ROOT = Path(__file__).parents[2]
@@ -72,15 +73,15 @@ for epoch in range(done + 1, 5):
 def folder(tmp_path, monkeypatch):
     script = tmp_path / "run.py"
     script.write_text(RUN)
-    popen = sweep.subprocess.Popen
+    popen = subprocess.Popen
 
     def start(command, **options):
         if command[1:3] != ["-m", "alexnet_jax.main"]:  # as Matplotlib's, that looks for fonts
             return popen(command, **options)
         return popen([sys.executable, "-S", str(script), *command[3:]], **options)
 
-    monkeypatch.setattr(sweep.subprocess, "Popen", start)
-    monkeypatch.setattr(sweep, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.02)
     monkeypatch.chdir(ROOT)
     found = tmp_path / "sweep"
     found.mkdir()
@@ -224,7 +225,7 @@ def test_trials_that_wait_to_go_on_keep_their_checkpoints(folder, monkeypatch):
 def test_a_killed_sweep_loses_no_trial_and_draws_no_number_twice(folder):
     _, rows, _ = search(folder, 2)
     with sweep.opened(searching(folder)) as study:
-        lost = study.ask(fixed_distributions={RATE: searching(folder).space[0].distribution})
+        lost = study.ask(fixed_distributions=dict(searching(folder).space))
     finished, rows, _ = search(folder, 4)
     assert finished
     assert rows[2].params == lost.params
@@ -272,13 +273,13 @@ def test_another_sweep_in_its_folder_is_refused(folder, tmp_path):
 
 def test_each_worker_has_gpus_of_its_own(monkeypatch):
     monkeypatch.setattr(sweep.environment, "visible_gpus", lambda _: ["0", "1", "2"])
-    assert sweep._share_out(2) == [
+    assert sweep.share_gpus(2) == [
         {"CUDA_VISIBLE_DEVICES": "0,2"},
         {"CUDA_VISIBLE_DEVICES": "1"},
     ]
-    assert sweep._share_out(1) == [{}]
+    assert sweep.share_gpus(1) == [{}]
     with pytest.raises(InputError, match="--workers=4 need a GPU each, and there are 3"):
-        sweep._share_out(4)
+        sweep.share_gpus(4)
 
 
 def test_ranges_and_choices_are_read():
@@ -287,34 +288,38 @@ def test_ranges_and_choices_are_read():
         ["--config.model.hidden=(8,8),(16,)", "augment.flip=true,false"],
         default_config(),
     )
-    assert space == [
-        Range(RATE, 1e-4, 1e-2, log=True),
-        Range("train.batch_size", 32, 512, log=True),
-        Choice("model.hidden", ("(8,8)", "(16,)")),
-        Choice("augment.flip", ("true", "false")),
-    ]
-    rate, size, hidden, _ = (one.distribution for one in space)
-    assert rate == optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True)
-    assert size == optuna.distributions.IntDistribution(32, 512, log=True)
-    assert hidden == optuna.distributions.CategoricalDistribution(("(8,8)", "(16,)"))
+    assert space == {
+        RATE: FloatDistribution(1e-4, 1e-2, log=True),
+        "train.batch_size": IntDistribution(32, 512, log=True),
+        "model.hidden": CategoricalDistribution(("(8,8)", "(16,)")),
+        "augment.flip": CategoricalDistribution(("true", "false")),
+    }
 
 
 @pytest.mark.parametrize(
     ("ranges", "choices", "message"),
     [
-        ([], [], "nothing is to change; give at least one --range or --choice"),
+        ([], [], "no option is searched; give at least one --range or --choice"),
         (["optimizer.learning_rate"], [], "has no values; write it as --range=optimizer"),
         (["optimizer.lr=1:2"], [], "config.optimizer.lr is not an option"),
         (["optimizer.learning_rate=1e-2:1e-3"], [], "is empty; the first number must be the"),
-        (["optimizer.learning_rate=0.1:many"], [], "'many' is no number"),
+        (["optimizer.learning_rate=0.1:many"], [], "'many' is not a number"),
         (["optimizer.learning_rate=-1:1"], [], "learning_rate is -1.0; it must be greater than 0"),
-        (["model.dropout=0:0.5:log"], [], "has no logarithms; begin above 0"),
+        (["model.dropout=0:0.5:log"], [], "has no logarithms; start above 0"),
         (["train.epochs=1:2.5"], [], "config.train.epochs is 2.5, a float; it must be an int"),
-        (["optimizer.schedule=1:2"], [], "give --choice: optimizer.schedule is no number"),
+        (
+            ["optimizer.schedule=1:2"],
+            [],
+            "schedule is not a number; give --choice instead",
+        ),
         ([], ["optimizer.schedule=linear"], "must name two values or more, each once"),
         ([], ["optimizer.schedule=linear,liner"], "schedule is 'liner'; it must be one of"),
         ([], ["augment.flip=true,perhaps"], "config.augment.flip is 'perhaps', a str"),
-        ([], ["eval.test=true,false"], "cannot be searched: a sweep never opens the test set"),
+        (
+            [],
+            ["eval.test=true,false"],
+            "a sweep never evaluates on the test set",
+        ),
         (["model.dropout=0:0.5"], ["model.dropout=0,0.1"], "config.model.dropout is given twice"),
     ],
 )
@@ -358,7 +363,7 @@ def test_the_program_ends_with_a_table_a_figure_and_a_command(folder, capsys, mo
     [
         (["--trials=0"], "--trials=0 must be at least 1"),
         (["--workers=0"], "--workers=0 must be at least 1"),
-        ([], "nothing is to change"),
+        ([], "no option is searched"),
         (["--config=configs/nothing.py"], "configs/nothing.py is not a file"),
     ],
 )
