@@ -583,7 +583,7 @@ def test_the_first_step_waits_for_nothing_that_it_does_not_need(tmp_path):
         import sys
         from alexnet_jax import main, train
         from alexnet_jax.data import cache
-        cache.WORTH_KEEPING = 0  # as if the digits were larger
+        cache.MIN_BYTES = 0  # as if the digits were larger
         def loop(*args):
             print(sorted({"orbax", "tensorflow", "tensorflow_datasets"} & sys.modules.keys()))
             raise SystemExit(0)

@@ -1,4 +1,4 @@
-"""Encoded images in, RGB uint8 out: the one place where Pillow decodes, and what it may accept."""
+"""Encoded images in, uint8 RGB out: the one module that decodes, and what it accepts."""
 
 import contextlib
 import io
@@ -14,69 +14,31 @@ from alexnet_jax.errors import InputError
 # No photograph of a training set is larger; a decompression bomb is.
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 512 * 2**20
-# Pillow would try every format it knows on a file, whatever it is called, and hands EPS to
+# Pillow would try every format it knows, whatever the file is called, and hands EPS to
 # Ghostscript, which runs the program that an EPS file is.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 _ORIENTATION = 0x0112  # The EXIF tag; 1 means "as stored".
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turns an image of any mode into RGB.
-
-    Transparent pixels are composed on white and 16-bit grey is scaled to 8 bits: Pillow alone
-    would make the former black and clip the latter.
-
-    Args:
-        image: A Pillow image of any mode, with values of at most 16 bits.
-
-    Returns:
-        The same picture in mode "RGB"; the argument itself if it is so already.
-
-    Raises:
-        ValueError: The pixels are floats, or integers beyond 16 bits, which have no agreed range.
-    """
-    if image.mode == "F":
-        raise ValueError("its pixels are 32-bit floats; save it with 8 or 16 bits a channel")
-    if image.mode.startswith("I"):
-        image = _grey_from_16_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
 def decode(data: bytes, size: int) -> np.ndarray:
-    """Decodes one image to a square of the wanted size.
-
-    Args:
-        data: The encoded image.
-        size: Side of the result. A larger or smaller image is scaled by its short side, then
-            cropped to its centre.
-
-    Returns:
-        uint8[size, size, 3], RGB, upright according to its EXIF orientation.
+    """Decodes an image file as `resize_and_crop` does.
 
     Raises:
-        Exception: The image is too large or cannot be decoded; Pillow raises nearly every kind.
+        Exception: The image is too large or damaged; Pillow raises nearly every kind.
     """
     with _open(data) as image:
-        return to_square(image, size)
+        return resize_and_crop(image, size)
 
 
-def to_square(image: Image.Image, size: int) -> np.ndarray:
-    """Brings an image into the form that networks take.
-
-    Args:
-        image: Of any mode and size.
-        size: Side of the result. A larger or smaller image is scaled by its short side, then
-            cropped to its centre.
+def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Resizes the short side of an image of any mode to `size`, and crops the center.
 
     Returns:
         uint8[size, size, 3], RGB, upright according to its EXIF orientation.
 
     Raises:
-        ValueError: As `to_rgb`.
+        ValueError: See `to_rgb`.
     """
     rgb = to_rgb(_upright(image))
     if rgb.size != (size, size):
@@ -84,62 +46,79 @@ def to_square(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(rgb)
 
 
-def from_pixels(pixels: np.ndarray) -> Image.Image:
-    """Makes a Pillow image of an array.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any mode to RGB.
 
-    Args:
-        pixels: uint8 or uint16, [H, W] or [H, W, 1] (grey), [H, W, 3] (RGB) or [H, W, 4] (RGB and
-            opacity). Of 16 bits the upper 8 are kept, rounded.
+    Transparent pixels are composited on white and 16-bit gray is scaled to 8 bits; Pillow alone
+    makes the former black and clips the latter.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The pixels are floats or have more than 16 bits, which have no agreed range.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are 32-bit floats; save it with 8 or 16 bits a channel")
+    if image.mode.startswith("I"):
+        image = _gray_from_16_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def image_from_array(pixels: np.ndarray) -> Image.Image:
+    """Converts an array to a Pillow image; 16-bit values are rounded to 8 bits.
+
+    Args:
+        pixels: uint8 or uint16, [H, W] or [H, W, 1] (gray), [H, W, 3] (RGB) or [H, W, 4] (RGBA).
+
+    Raises:
+        ValueError: The dtype or shape is another.
     """
     if pixels.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"its dtype is {pixels.dtype}; it must be uint8 or uint16")
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[:, :, 0]
-    if (
-        not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)))
-        or not pixels.size
-    ):
+    if pixels.ndim < 2 or pixels.shape[2:] not in ((), (1,), (3,), (4,)) or not pixels.size:
         raise ValueError(
             f"its shape is {list(pixels.shape)}; it must be [H, W], [H, W, 1], [H, W, 3] or "
             "[H, W, 4], with at least one pixel"
         )
+    if pixels.shape[2:] == (1,):
+        pixels = pixels[:, :, 0]
     return Image.fromarray(_to_8_bits(pixels) if pixels.dtype == np.uint16 else pixels)
 
 
-def read_square(path: Path, size: int) -> np.ndarray:
-    """Reads an image file of any origin as training would have read it from a prepared set.
-
-    Args:
-        path: The file; its content tells the format, not its name.
-        size: As for `to_square`.
+def read_image(path: Path, size: int) -> np.ndarray:
+    """Reads an image file in any of `FORMATS` exactly as training reads it from a prepared set.
 
     Returns:
-        uint8[size, size, 3], RGB, upright.
+        uint8[size, size, 3], as `resize_and_crop`.
 
     Raises:
-        InputError: It cannot be read or decoded, or is too large.
+        InputError: The file cannot be read or decoded, or is too large.
     """
     try:
         if not path.is_file():  # A device, say, might never end.
-            raise InputError(f"The image {path} is not there, or is no file; name an image file.")
-        length = path.stat().st_size
-        if length > MAX_FILE_BYTES:
-            raise InputError(
-                f"The image {path} has {length} bytes, more than the {MAX_FILE_BYTES} allowed; "
-                "scale it down, or remove it."
-            )
+            raise InputError(f"The image {path} does not exist or is no file; name an image file.")
+        check_file_size(str(path), path.stat().st_size)
         data = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name.
         raise InputError(
             f"The image {path} cannot be read ({getattr(error, 'strerror', None) or error}); "
-            "name a file that can."
+            "name another file."
         ) from None
-    with _refusing(str(path)):
+    with _input_errors(str(path)):
         _verify(data)
         return decode(data, size)
+
+
+def check_file_size(name: str, size: int) -> None:
+    """Raises InputError where an image file has more bytes than any honest one."""
+    if size > MAX_FILE_BYTES:
+        raise InputError(
+            f"The image {name} has {size} bytes, more than the {MAX_FILE_BYTES} allowed; "
+            "scale it down, or remove it."
+        )
 
 
 def count_values(images: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
@@ -158,29 +137,34 @@ def count_values(images: np.ndarray, chosen: np.ndarray | None = None) -> np.nda
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Encodes uint8[H, W] (grey) or uint8[H, W, 3] (RGB) without loss."""
+    """Encodes uint8[H, W] (gray) or uint8[H, W, 3] (RGB) without loss."""
     return _to_png(Image.fromarray(pixels))
 
 
-def normalize_encoded(data: bytes, name: str) -> bytes:
-    """Checks an image file by decoding it, and brings it into a form every reader understands.
+def to_jpeg_or_png(data: bytes, name: str) -> bytes:
+    """Checks an image file by decoding it, and re-encodes it where other readers might fail.
 
     Args:
         data: The file's bytes.
         name: What to call the image in an error.
 
     Returns:
-        `data` itself if it is an upright RGB or grey JPEG or PNG; otherwise an RGB PNG, upright
-        according to its EXIF orientation, composed on white where it was transparent.
+        `data` itself if it is an upright RGB or gray JPEG or PNG; otherwise an upright RGB PNG,
+        composited on white where it was transparent.
 
     Raises:
         InputError: The image is too large or cannot be decoded.
     """
-    with _refusing(name):
+    with _input_errors(name):
         _verify(data)
         with _open(data) as image:
             image.load()
-            if _is_plain(image):
+            if (
+                image.format in ("JPEG", "PNG")
+                and image.mode in ("RGB", "L")
+                and not image.has_transparency_data
+                and _orientation(image) == 1
+            ):
                 return data
             return _to_png(to_rgb(_upright(image)))
 
@@ -192,45 +176,42 @@ def _verify(data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _refusing(name: str) -> Iterator[None]:
-    """Turns what a bad image makes Pillow raise into an InputError with the image's name."""
+def _input_errors(name: str) -> Iterator[None]:
+    """Turns what Pillow raises on a bad image into an InputError with the image's name."""
     try:
         with warnings.catch_warnings():
-            # Our own limit follows, with the image's name.
+            # `_open` has its own limit.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
-    except Image.DecompressionBombError as error:
-        raise InputError(
-            f"The image {name} has more than {MAX_PIXELS // 10**6} megapixels; "
-            "scale it down, or remove it."
-        ) from error
-    except UnidentifiedImageError as error:  # Its own text names an object in memory.
-        raise InputError(
-            f"The image {name} is in none of the formats {', '.join(FORMATS)}; "
-            "replace or remove it."
-        ) from error
     except Exception as error:  # Pillow raises nearly every kind of exception on bad bytes.
-        raise InputError(
-            f"The image {name} cannot be decoded ({error}); replace or remove it."
-        ) from error
+        remedy = "replace or remove it"
+        match error:
+            case Image.DecompressionBombError():
+                problem = f"has more than {MAX_PIXELS // 10**6} megapixels"
+                remedy = "scale it down, or remove it"
+            case UnidentifiedImageError():  # Its own text names an object in memory.
+                problem = f"is in none of the formats {', '.join(FORMATS)}"
+            case _:
+                problem = f"cannot be decoded ({error})"
+        raise InputError(f"The image {name} {problem}; {remedy}.") from error
 
 
 def _open(data: bytes) -> Image.Image:
-    """Reads the head of an image file, and refuses what must not be decoded."""
+    """Reads the header of an image file, and rejects what must not be decoded."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"it has more than {MAX_PIXELS // 10**6} megapixels")
     return image
 
 
-def _grey_from_16_bits(image: Image.Image) -> Image.Image:
+def _gray_from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("its pixels have more than 16 bits; save it with 8 or 16 bits a channel")
-    grey = _to_8_bits(values)
-    if "transparency" in image.info:  # One value of grey, lost with the 16 bits.
-        grey[values == image.info["transparency"]] = 255
-    return Image.fromarray(grey)
+    gray = _to_8_bits(values)
+    if "transparency" in image.info:  # One value of gray, lost with the 16 bits.
+        gray[values == image.info["transparency"]] = 255
+    return Image.fromarray(gray)
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
@@ -246,15 +227,6 @@ def _orientation(image: Image.Image) -> int:
 
 def _upright(image: Image.Image) -> Image.Image:
     return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
-
-
-def _is_plain(image: Image.Image) -> bool:
-    return (
-        image.format in ("JPEG", "PNG")
-        and image.mode in ("RGB", "L")
-        and not image.has_transparency_data
-        and _orientation(image) == 1
-    )
 
 
 def _to_png(image: Image.Image) -> bytes:

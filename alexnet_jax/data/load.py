@@ -158,7 +158,7 @@ def load_data(config: ConfigDict, mesh: Mesh) -> RunData:
         placing = thread.submit(_place_some, images, labels, first, mesh)
         thread.shutdown(wait=False)
         count = functools.partial(count_values, images, sample)
-        large = images.nbytes > cache.WORTH_KEEPING
+        large = images.nbytes > cache.MIN_BYTES
         counts = _kept_counts(source, sample, config.data, count) if large else count()
         validation = place_batches(images[second], labels[second], config.eval.batch_size, mesh)
         train = ResidentDataset(placing, len(first), config.train.batch_size, mesh)
@@ -323,7 +323,8 @@ def _is_resident(config: ConfigDict, size: int, mesh: Mesh) -> bool:
 def _labels(source: Source, validation_fraction: float) -> np.ndarray:
     if not validation_fraction:  # no one asks for them
         return np.zeros(len(source), np.int32)
-    return cache.kept(source, "labels", lambda: {"labels": source.read_labels()})["labels"]
+    kept = cache.load_or_compute(source, "labels", lambda: {"labels": source.read_labels()})
+    return kept["labels"]
 
 
 def _place_some(
@@ -343,7 +344,7 @@ def _kept_counts(
 ) -> np.ndarray:
     """Returns what `count` does of some images, counted once for all runs."""
     fraction = config.validation_fraction
-    return cache.kept(
+    return cache.load_or_compute(
         source, "colours", lambda: {"counts": count()}, validation=fraction, size=len(indices)
     )["counts"]
 

@@ -1,13 +1,16 @@
 """Data sets by name: prepared if need be, then read at random as square RGB images.
 
-Reading needs TFDS but never TensorFlow. TFDS takes half a second to import, so every import of it
-stands inside a function, and a set that was opened before is opened without it (`layouts`).
+Reading needs TFDS but never TensorFlow. Importing TFDS and letting it open a set takes half a
+second, so it is imported inside functions, and what it says of a split is cached for the next run.
 """
 
 import dataclasses
+import hashlib
 import json
+import logging
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +18,86 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from alexnet_jax.data import layouts
+from alexnet_jax import environment
 from alexnet_jax.data.decode import decode
-from alexnet_jax.data.layouts import Layout, Shard
 from alexnet_jax.data.prepare import prepare
 from alexnet_jax.errors import InputError
+from alexnet_jax.run import files
 
+log = logging.getLogger(__name__)
+
+# To be raised when TFDS is asked differently, or another version of digits is prepared.
+_CACHE_FORMAT = 2
 # What a checksum reads of a larger set, in blocks spread evenly; 0.1 s where the system has the
 # files in memory. Damage between them is left to the checksums in the files.
 _CHECKSUM_BYTES = 256 * 2**20
 _BLOCK = 2**16
-
 _READ_AT_ONCE = 256  # Records per call; ArrayRecord reads a batch about 5 times as fast as singles.
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One split of a data set: `source[i]` is {"image": uint8[S, S, 3], "label": int}.
+@dataclass(frozen=True)
+class Shard:
+    """A file of serialized examples, and which of them belong to a split.
 
-    It can be pickled, which opens the files anew in the other process.
+    It has the attributes that ArrayRecord's data source asks for.
+    """
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One split of a prepared data set, and where it is stored.
 
     Attributes:
-        name: What to call it in messages: the data set and the split.
+        name: The data set and the split.
         class_names: By label.
-        image_size: S, the side of every image.
-        records: The serialised examples (array_record's data source).
-        files: Where these lie.
+        folder: Where the set is prepared.
         image_key: Name of the image in an example.
         label_key: Name of the label in an example.
-        folder: Where the set lies prepared.
-        fingerprint: Of the split and the files it is read from, by their names, sizes and times;
-            another one tells that the images may be others.
+        shards: The files of the split, in order.
     """
 
     name: str
     class_names: tuple[str, ...]
-    image_size: int
-    records: Any
-    files: tuple[Path, ...]
+    folder: str
     image_key: str
     label_key: str
-    folder: str
-    fingerprint: str
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Source(SplitInfo):
+    """An open split: `source[i]` is {"image": uint8[S, S, 3], "label": int}.
+
+    Unpickling opens the files anew, as in a worker process.
+
+    Attributes:
+        image_size: S.
+        records: The serialized examples (ArrayRecord's data source).
+    """
+
+    image_size: int
+    records: Any
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape of every image: (S, S, 3)."""
         return (self.image_size, self.image_size, 3)
+
+    @property
+    def fingerprint(self) -> str:
+        """The names, sizes and times of the files; where it differs, the images may, too."""
+        stats = [(Path(shard.filename), shard.skip, shard.take) for shard in self.shards]
+        return json.dumps(
+            [
+                (file.name, file.stat().st_size, file.stat().st_mtime_ns, skip, take)
+                for file, skip, take in stats
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.records)
@@ -69,38 +105,29 @@ class Source:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} images, no number {index}")
-        image, label = self._decode(index, self._read([int(index)])[0])
-        return {"image": image, "label": label}
+        images, labels = self.read([index])
+        return {"image": images[0], "label": int(labels[0])}
 
     def read_all(self, progress: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Reads every image into memory.
+        """Reads every image into memory, with a progress bar on a terminal; see `read`.
 
         It runs in one thread: Pillow holds Python's lock while it decodes.
-
-        Args:
-            progress: Whether to show a bar on a terminal.
-
-        Returns:
-            Images uint8[N, S, S, 3] and labels int32[N], in the order of the indices.
-
-        Raises:
-            InputError: A record is damaged or has no label.
         """
         hidden = None if progress else True
-        # A bar is for what lasts: small sets are read before the delay is over.
+        # The delay keeps small sets from showing a bar.
         with tqdm(
             desc=f"Reading {self.name}", total=len(self), unit="img", disable=hidden, delay=1
         ) as bar:
             return self.read(range(len(self)), bar.update)
 
     def read(
-        self, indices: Sequence[int] | np.ndarray, tell: Callable[[], Any] = lambda: None
+        self, indices: Sequence[int] | np.ndarray, update: Callable[[], Any] = lambda: None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Reads some images into memory.
 
         Args:
-            indices: Which, in the wanted order.
-            tell: Called after each image.
+            indices: Which, in any order.
+            update: Called after each image.
 
         Returns:
             Images uint8[n, S, S, 3] and labels int32[n], in the order of the indices.
@@ -110,75 +137,61 @@ class Source:
         """
         images = np.empty((len(indices), *self.image_shape), np.uint8)
         labels = np.empty(len(indices), np.int32)
-        for row, (index, record) in enumerate(self._records(indices)):
-            images[row], labels[row] = self._decode(index, record)
-            tell()
+        for row, (index, encoded, label) in enumerate(self._examples(indices)):
+            labels[row] = label
+            try:
+                images[row] = decode(encoded, self.image_size)
+            except Exception as error:  # Pillow raises nearly every kind of exception on bad bytes.
+                raise self._damaged(index, error) from error
+            update()
         return images, labels
 
+    def read_labels(self) -> np.ndarray:
+        """Reads every label, int32[N], without decoding an image; raises as `read`."""
+        labels = (label for _, _, label in self._examples(range(len(self))))
+        return np.fromiter(labels, np.int32, len(self))
+
     def checksum(self) -> str:
-        """Tells the content of the files, wherever they lie: size, and CRC-32 of sizes and bytes.
+        """Identifies the content of the files, wherever they are: their size and a CRC-32.
 
         Of more than 256 MiB only as much is read, in blocks spread evenly over all files.
         """
-        sizes = [path.stat().st_size for path in self.files]
+        paths = [Path(shard.filename) for shard in self.shards]
+        sizes = [path.stat().st_size for path in paths]
         checksum = zlib.crc32(repr(sizes).encode())
         stride = max(1, sum(sizes) // _CHECKSUM_BYTES) * _BLOCK
-        for path, size in zip(self.files, sizes, strict=True):
+        for path, size in zip(paths, sizes, strict=True):
             with path.open("rb") as file:
                 for start in range(0, size, stride):
                     file.seek(start)
                     checksum = zlib.crc32(file.read(_BLOCK), checksum)
         return f"{sum(sizes):,} bytes with checksum {checksum:08x}"
 
-    def read_labels(self) -> np.ndarray:
-        """Reads every label, int32[N], without decoding an image.
-
-        Raises:
-            InputError: A record is damaged or has no label.
-        """
-        return np.fromiter(
-            (self._parse(index, record)[1] for index, record in self._records(range(len(self)))),
-            np.int32,
-            len(self),
-        )
-
-    def _records(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, bytes]]:
-        for start in range(0, len(indices), _READ_AT_ONCE):
-            some = [int(index) for index in indices[start : start + _READ_AT_ONCE]]
-            yield from zip(some, self._read(some), strict=True)
-
-    def _read(self, indices: Sequence[int]) -> Sequence[bytes]:
-        try:
-            return self.records.__getitems__(indices)
-        except RuntimeError as error:  # ArrayRecord's, where a checksum is wrong.
-            raise InputError(
-                f"The files of {self.name} are damaged ({error}); remove their folder and prepare "
-                "the data set again."
-            ) from error
-
-    def _parse(self, index: int, record: bytes) -> tuple[bytes, int]:
-        """Returns the encoded image and the label of a record."""
+    def _examples(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, bytes, int]]:
+        """Yields index, encoded image and label."""
         from tensorflow_datasets.proto import tf_example_pb2
 
-        try:
-            features = tf_example_pb2.Example.FromString(record).features.feature
-            label = features[self.label_key].int64_list.value[0]
-            encoded = features[self.image_key].bytes_list.value[0]
-        except Exception as error:  # Protobuf's own, or an IndexError where a feature is empty.
-            raise self._damaged(index, error) from error
-        if not 0 <= label < len(self.class_names):
-            raise InputError(
-                f"Image {index} of {self.name} has the label {label}, which is none of the "
-                f"{len(self.class_names)} classes; choose a split that has labels."
-            )
-        return encoded, label
-
-    def _decode(self, index: int, record: bytes) -> tuple[np.ndarray, int]:
-        encoded, label = self._parse(index, record)
-        try:
-            return decode(encoded, self.image_size), label
-        except Exception as error:  # Pillow raises nearly every kind of exception on bad bytes.
-            raise self._damaged(index, error) from error
+        for start in range(0, len(indices), _READ_AT_ONCE):
+            some = [int(index) for index in indices[start : start + _READ_AT_ONCE]]
+            try:
+                records = self.records.__getitems__(some)
+            except RuntimeError as error:  # ArrayRecord's, where a checksum is wrong.
+                raise _broken(
+                    f"The files of {self.name} are damaged ({error})", self.folder
+                ) from error
+            for index, record in zip(some, records, strict=True):
+                try:
+                    features = tf_example_pb2.Example.FromString(record).features.feature
+                    label = features[self.label_key].int64_list.value[0]
+                    encoded = features[self.image_key].bytes_list.value[0]
+                except Exception as error:  # Protobuf's own, or an IndexError: a feature is empty.
+                    raise self._damaged(index, error) from error
+                if not 0 <= label < len(self.class_names):
+                    raise InputError(
+                        f"Image {index} of {self.name} has the label {label}, which is none of "
+                        f"the {len(self.class_names)} classes; choose a split that has labels."
+                    )
+                yield index, encoded, label
 
     def _damaged(self, index: int, error: Exception) -> InputError:
         return InputError(
@@ -189,51 +202,43 @@ class Source:
 def load_source(config: ConfigDict, split: str, *, progress: bool = True) -> Source:
     """Opens one split of a data set; prepares the set first where that is needed.
 
-    The name is looked up as our own "digits", then among the sets prepared in `data_dir`, then
-    among those TFDS can download. Sets prepared as TFRecord are converted, beside the original.
+    The name is looked up as "digits", then among the sets prepared in `data_dir`, then among those
+    that TFDS can download. Sets prepared as TFRecord are converted, beside the original.
 
     Args:
         config: The section `config.data`; `name`, `data_dir` and `image_size` are used here.
         split: A TFDS split, such as "train" or "train[:90%]".
         progress: Whether to show bars on a terminal while preparing.
 
-    Returns:
-        The split's images as uint8[image_size, image_size, 3].
-
     Raises:
-        InputError: The name or the split is unknown, the data cannot be had or read, or it is no
-            image classification.
+        InputError: The name or the split is unknown, the data cannot be downloaded or read, or
+            the set is not for image classification.
     """
     if config.image_size < 1:
         raise InputError(f"config.data.image_size is {config.image_size}; it must be at least 1.")
     prepare.check_name(config.name)
-    layout = layouts.kept(
-        prepare.data_root(config.data_dir),
-        config.name,
-        split,
-        lambda: _ask_tfds(config.name, config.data_dir, split, progress),
-    )
-    return Source(
-        name=f"{layout.name} {split}",
-        class_names=layout.class_names,
-        image_size=config.image_size,
-        records=_open(layout.shards),
-        files=tuple(Path(shard.filename) for shard in layout.shards),
-        image_key=layout.image_key,
-        label_key=layout.label_key,
-        folder=layout.folder,
-        fingerprint=_fingerprint(layout.shards),
-    )
+    root = prepare.data_root(config.data_dir)
+    key = json.dumps([str(root), config.name, split])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+    path = environment.cache_folder() / "splits" / f"{digest}.json"
+    info = _read_cached(path, root)
+    if info is None:
+        info = find_split(config.name, config.data_dir, split, progress)
+        _write_cached(path, root, info)
+    return Source(**vars(info), image_size=config.image_size, records=_open(info.shards))
 
 
-def _ask_tfds(name: str, data_dir: str, split: str, progress: bool) -> Layout:
-    """Returns how a split lies in its files, which are prepared first where they are not yet."""
+# --- what TFDS knows of a split -----------------------------------------------------------------
+
+
+def find_split(name: str, data_dir: str, split: str, progress: bool) -> SplitInfo:
+    """Asks TFDS for a split, whose data set is prepared first where it is not yet."""
     builder = _builder(name, data_dir, progress)
     image_key, label_key = _image_and_label(builder.info)
-    return Layout(
-        name=builder.info.name,
-        folder=str(builder.data_dir),
+    return SplitInfo(
+        name=f"{builder.info.name} {split}",
         class_names=_class_names(builder, label_key),
+        folder=str(builder.data_dir),
         image_key=image_key,
         label_key=label_key,
         shards=_shards(builder, split),
@@ -254,7 +259,7 @@ def _builder(name: str, data_dir: str, progress: bool) -> Any:
     if "array_record" not in formats:
         prepare.add_array_record(builder, progress)
         builder = _open_prepared(name, data_dir)
-    # Otherwise it tells of the files that it was prepared in.
+    # Otherwise it names the files that it was prepared in.
     builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
     return builder
 
@@ -273,9 +278,8 @@ def _open_prepared(name: str, data_dir: str) -> Any:
     except tfds.core.DatasetNotFoundError:
         return None
     except Exception as error:  # Whatever parsing damaged JSON raises.
-        raise InputError(
-            f"The data set {name} in {root} cannot be opened ({error}); remove its folder there "
-            "and prepare it again."
+        raise _broken(
+            f"The data set {name} in {root} cannot be opened ({error})", "its folder"
         ) from error
 
 
@@ -294,33 +298,13 @@ def _image_and_label(info: Any) -> tuple[str, str]:
     if not images or not labels:
         found = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features)
         raise InputError(
-            f"{info.name} is no image classification set: it needs an Image and a ClassLabel, "
+            f"{info.name} is not for image classification: it needs an Image and a ClassLabel, "
             f"and has {found}."
         )
     return (
         "image" if "image" in images else images[0],
         "label" if "label" in labels else labels[0],
     )
-
-
-def _check_count(filename: str, expected: int) -> None:
-    """Compares with the file's own count; the records have checksums, TFDS's counts have none."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    try:
-        reader = ArrayRecordReader(filename)
-        found = reader.num_records()
-        reader.close()
-    except RuntimeError as error:
-        raise InputError(
-            f"The file {filename} is damaged ({error}); remove its folder and prepare the data set "
-            "again."
-        ) from error
-    if found != expected:
-        raise InputError(
-            f"The file {filename} has {found:,} records and its data set counts {expected:,}; "
-            "remove its folder and prepare the data set again."
-        )
 
 
 def _class_names(builder: Any, label_key: str) -> tuple[str, ...]:
@@ -334,14 +318,11 @@ def _class_names(builder: Any, label_key: str) -> tuple[str, ...]:
         if file.is_file():
             file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{file} is damaged ({error}); remove its folder and prepare the data set again."
-        ) from error
+        raise _broken(f"{file} is damaged ({error})", file.parent) from error
     return names
 
 
 def _shards(builder: Any, split: str) -> tuple[Shard, ...]:
-    """Returns the files of a split."""
     try:
         with prepare.quiet_tfds():
             instructions = builder.info.splits[split].file_instructions
@@ -362,24 +343,64 @@ def _shards(builder: Any, split: str) -> tuple[Shard, ...]:
 
 
 def _open(shards: Sequence[Shard]) -> Any:
-    """Opens the serialised examples of a split."""
+    """Opens the serialized examples of a split."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
+    from array_record.python.array_record_module import ArrayRecordReader
 
     for shard in shards:
-        if not Path(shard.filename).is_file():
-            raise InputError(
-                f"The file {shard.filename} is missing; remove its folder and prepare the data set "
-                "again."
-            )
-        _check_count(shard.filename, shard.examples_in_shard)
+        file = Path(shard.filename)
+        try:  # The records have checksums; TFDS's counts of them have none.
+            reader = ArrayRecordReader(shard.filename)
+            found = reader.num_records()
+            reader.close()
+        except RuntimeError as error:
+            state = f"damaged ({error})" if file.is_file() else "missing"
+            raise _broken(f"The file {file} is {state}", file.parent) from error
+        if found != (expected := shard.examples_in_shard):
+            raise _broken(f"The file {file} has {found:,} records, not {expected:,}", file.parent)
     return ArrayRecordDataSource(shards)
 
 
-def _fingerprint(shards: Sequence[Shard]) -> str:
-    """Tells the content of a split by its place in the files, and their names, sizes and times."""
-    parts = []
-    for shard in shards:
-        file = Path(shard.filename)
+def _broken(problem: str, folder: str | Path) -> InputError:
+    return InputError(f"{problem}; remove {folder} and prepare the data set again.")
+
+
+# --- the user's cache ---------------------------------------------------------------------------
+
+
+def _read_cached(path: Path, root: Path) -> SplitInfo | None:
+    """Returns what was written by `_write_cached`, unless anything has changed since."""
+    try:
+        content = json.loads(path.read_text())
+        found = content["split"]
+        if content["state"] != _state(root, Path(found["folder"])):
+            return None
+        shards = tuple(Shard(**shard) for shard in found["shards"])
+        return SplitInfo(**found | {"class_names": tuple(found["class_names"]), "shards": shards})
+    except (OSError, ValueError, TypeError, KeyError):  # Missing, damaged, or of other versions.
+        return None
+
+
+def _write_cached(path: Path, root: Path, info: SplitInfo) -> None:
+    try:
+        state = _state(root, Path(info.folder))
+        files.write_json(path, {"split": dataclasses.asdict(info), "state": state})
+    except (OSError, ValueError) as error:  # ValueError: the set is outside the root.
+        log.debug("Not cached: %s (%s).", path, error)
+
+
+def _state(root: Path, folder: Path) -> list[Any]:
+    """Returns what changes when TFDS would find another set by the name, or other files in it.
+
+    Raises:
+        OSError: The folder is gone.
+        ValueError: It is not below `root`.
+    """
+    # Configs and versions are folders in these; what is computed has a folder in the set's.
+    above = folder.parents[: len(folder.relative_to(root).parts) - 1]
+    state: list[Any] = [_CACHE_FORMAT, *(parent.stat().st_mtime_ns for parent in above)]
+    for file in sorted(folder.iterdir()):
         status = file.stat()
-        parts.append((file.name, status.st_size, status.st_mtime_ns, shard.skip, shard.take))
-    return json.dumps(parts)
+        if file.is_file():
+            state.append([file.name, status.st_size, status.st_mtime_ns])
+    return state

@@ -135,12 +135,12 @@ class Network:
             InputError: It cannot be read or decoded, or is none of these.
         """
         if isinstance(given, str | os.PathLike):
-            return decode.read_square(Path(given), self.image_size)
+            return decode.read_image(Path(given), self.image_size)
         try:
             if isinstance(given, np.ndarray):
-                given = decode.from_pixels(given)
+                given = decode.image_from_array(given)
             if isinstance(given, Image.Image):
-                return decode.to_square(given, self.image_size)
+                return decode.resize_and_crop(given, self.image_size)
         except Exception as error:  # Pillow raises nearly every kind where a file is damaged.
             raise InputError(f"An image cannot be used: {error}.") from error
         raise InputError(

@@ -144,9 +144,9 @@ def check_sentence(error, name):
 @given(image_files())
 def test_a_damaged_image_is_refused_by_name_or_has_pixels(file):
     name, data = file
-    whole = [pixels_of(decode.normalize_encoded(originals()[name], "x"))]
+    whole = [pixels_of(decode.to_jpeg_or_png(originals()[name], "x"))]
     try:
-        encoded = decode.normalize_encoded(data, "cats/tom.jpg")
+        encoded = decode.to_jpeg_or_png(data, "cats/tom.jpg")
     except InputError as error:
         check_sentence(error, "cats/tom.jpg")
         return
@@ -162,7 +162,7 @@ def test_a_damaged_image_is_refused_by_name_or_has_pixels(file):
 
 @pytest.mark.parametrize("name", sorted(originals()))
 def test_every_kind_of_image_is_read_as_what_it_is(name):
-    encoded = decode.normalize_encoded(originals()[name], "x")
+    encoded = decode.to_jpeg_or_png(originals()[name], "x")
     pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")).astype(int)
     expected = np.asarray(picture()).astype(int)
     grey = np.asarray(picture().convert("L")).astype(int)[..., None]
@@ -193,19 +193,19 @@ def test_every_kind_of_image_is_read_as_what_it_is(name):
 def test_a_format_that_is_a_program_is_not_opened(data):
     """Pillow gives EPS to Ghostscript, whatever the file is called."""
     with pytest.raises(InputError, match=r"tom\.png is in none of the formats BMP, GIF"):
-        decode.normalize_encoded(data, "tom.png")
+        decode.to_jpeg_or_png(data, "tom.png")
 
 
 def test_one_transparent_grey_of_16_bits():
     values = np.array([[[0], [40_000], [65_535]]], np.uint16)
-    encoded = decode.normalize_encoded(png(values, 0, chunk(b"tRNS", b"\x9c\x40")), "x")
+    encoded = decode.to_jpeg_or_png(png(values, 0, chunk(b"tRNS", b"\x9c\x40")), "x")
     assert pixels_of(encoded)[0, :, 0].tolist() == [0, 255, 255]
 
 
 def test_integers_beyond_16_bits_are_refused():
     data = saved(Image.fromarray(np.array([[0, 70_000]], np.int32)), "TIFF")
     with pytest.raises(InputError, match="more than 16 bits"):
-        decode.normalize_encoded(data, "x")
+        decode.to_jpeg_or_png(data, "x")
 
 
 # --- prepared data ------------------------------------------------------------------------------

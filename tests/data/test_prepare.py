@@ -1,6 +1,6 @@
 """Preparing data sets: archives, folders, images, and everything that can be wrong with them."""
 
-import contextlib
+import fcntl
 import hashlib
 import io
 import os
@@ -101,18 +101,18 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("container", WRITERS)
-def test_every_container_gives_the_same_layout(tmp_path, container):
+def test_every_container_gives_the_same_labels(tmp_path, container):
     files = {f"top/{name}": content for name, content in tree_files().items()}
     files |= {"top/README.txt": b"hello", "top/train/cat/.hidden.png": b"x"}
     files |= {"__MACOSX/top/train/cat/._0.png": b"x"}
-    layout = trees.find_layout(WRITERS[container](tmp_path / container, files), 0.2)
-    assert layout.class_names == ("cat", "dog")
-    assert layout.ignored == 1  # The README; what is hidden is not even counted.
-    assert layout.splits["train"] == {
+    labeled = trees.label_files(WRITERS[container](tmp_path / container, files), 0.2)
+    assert labeled.class_names == ("cat", "dog")
+    assert labeled.ignored == 1  # The README; what is hidden is not even counted.
+    assert labeled.splits["train"] == {
         f"top/train/{name}/{index}.png": name for name in ("cat", "dog") for index in range(3)
     }
-    assert len(layout.splits["test"]) == 6
-    read = {entry.name: entry.read() for entry in trees.walk(layout.path) if not entry.is_folder}
+    assert len(labeled.splits["test"]) == 6
+    read = {entry.name: entry.read() for entry in trees.walk(labeled.path) if not entry.is_folder}
     assert read["top/train/cat/1.png"] == files["top/train/cat/1.png"]
 
 
@@ -135,34 +135,34 @@ def test_prepared_images_are_the_originals(tmp_path, container):
 @pytest.mark.parametrize("held_out", ["val", "validation", "valid"])
 def test_validation_stands_in_for_a_missing_test(tmp_path, held_out):
     path = write_folder(tmp_path / "data", tree_files(splits=("train", held_out)))
-    assert set(trees.find_layout(path, 0.2).splits) == {"train", "test"}
+    assert set(trees.label_files(path, 0.2).splits) == {"train", "test"}
 
 
 def test_validation_stays_itself_beside_a_test(tmp_path):
     path = write_folder(tmp_path / "data", tree_files(splits=("train", "val", "test")))
-    splits = trees.find_layout(path, 0.2).splits
+    splits = trees.label_files(path, 0.2).splits
     assert set(splits) == {"train", "validation", "test"}
     assert all(name.startswith("val/") for name in splits["validation"])
 
 
 def test_one_tree_is_split_class_by_class(tmp_path):
     files = tree_files(splits=("x",), classes=("cat", "dog"), count=20)
-    layout = trees.find_layout(write_folder(tmp_path / "a", files), 0.25)
+    labeled = trees.label_files(write_folder(tmp_path / "a", files), 0.25)
     for split, count in {"train": 15, "test": 5}.items():
-        labels = list(layout.splits[split].values())
+        labels = list(labeled.splits[split].values())
         assert [labels.count(name) for name in ("cat", "dog")] == [count, count]
-    assert not set(layout.splits["train"]) & set(layout.splits["test"])
+    assert not set(labeled.splits["train"]) & set(labeled.splits["test"])
     # Neither the order in the archive nor other classes matter to where an image goes.
     more = dict(reversed(files.items())) | {"x/emu/0.png": encoded(), "x/emu/1.png": encoded()}
-    again = trees.find_layout(write_tar(tmp_path / "b.tar", more, "w"), 0.25)
+    again = trees.label_files(write_tar(tmp_path / "b.tar", more, "w"), 0.25)
     kept = {name for name, label in again.splits["test"].items() if label != "emu"}
-    assert kept == set(layout.splits["test"])
+    assert kept == set(labeled.splits["test"])
 
 
 def test_train_may_be_a_class(tmp_path):
     files = {f"{name}/{index}.png": encoded() for name in ("train", "bus") for index in range(5)}
     files["train/night/0.png"] = encoded()
-    assert trees.find_layout(write_folder(tmp_path / "d", files), 0.2).class_names == (
+    assert trees.label_files(write_folder(tmp_path / "d", files), 0.2).class_names == (
         "bus",
         "train",
     )
@@ -178,22 +178,22 @@ def test_links_and_devices_are_skipped(tmp_path):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "/etc/passwd"
             tar.addfile(member)
-    found = trees.find_layout(path, 0.2)
+    found = trees.label_files(path, 0.2)
     assert (len(found.splits["train"]), found.ignored) == (6, 2)
     folder = write_folder(tmp_path / "folder", tree_files())
     (folder / "train/cat/l.png").symlink_to("/etc/passwd")
     (folder / "train/bird").symlink_to(folder / "train/cat")
-    found = trees.find_layout(folder, 0.2)
+    found = trees.label_files(folder, 0.2)
     assert (len(found.splits["train"]), found.ignored) == (6, 2)
     links = tmp_path / "links"
     links.mkdir()
     (links / "cat").symlink_to(folder / "train/cat")
     with pytest.raises(InputError, match=r"no class folder .* were not followed \(1\); copy"):
-        trees.find_layout(links, 0.2)
+        trees.label_files(links, 0.2)
     (links / "dog").mkdir()
     (links / "dog" / "0.png").symlink_to(folder / "train/dog/0.png")
     with pytest.raises(InputError, match=r"dog of .* holds no image; .* were not followed \(2"):
-        trees.find_layout(links, 0.2)
+        trees.label_files(links, 0.2)
 
 
 def test_members_outside_the_archive_write_nothing(tmp_path):
@@ -232,7 +232,7 @@ def test_an_empty_folder_is_an_empty_class(tmp_path):
     zipped = write_zip(tmp_path / "d.zip", {**tree_files(), "train/emu/": b""})
     for path in (folder, archive, zipped):
         with pytest.raises(InputError, match="train/emu"):
-            trees.find_layout(path, 0.2)
+            trees.label_files(path, 0.2)
 
 
 def test_a_class_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
@@ -254,7 +254,7 @@ def test_a_name_twice_in_an_archive_is_refused(tmp_path):
     with tarfile.open(path, "a") as tar:
         tar.addfile(tarfile.TarInfo("train/cat/0.png"))
     with pytest.raises(InputError, match=r"train/cat/0\.png twice"):
-        trees.find_layout(path, 0.2)
+        trees.label_files(path, 0.2)
 
 
 @pytest.mark.parametrize("container", ["data.zip", "data.tar", "data.tar.gz", "data.tar.xz"])
@@ -267,7 +267,7 @@ def test_a_truncated_archive_is_refused(tmp_path, container, kept):
         path.write_bytes(path.read_bytes().rstrip(b"\0"))
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     with pytest.raises(InputError, match=r"damaged|cut short"):
-        trees.find_layout(path, 0.2)
+        trees.label_files(path, 0.2)
 
 
 def test_a_tar_that_ends_between_members_is_refused(tmp_path):
@@ -276,7 +276,7 @@ def test_a_tar_that_ends_between_members_is_refused(tmp_path):
         cut = tar.getmember("test/cat/0.png").offset
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(InputError, match="damaged"):
-        trees.find_layout(path, 0.2)
+        trees.label_files(path, 0.2)
 
 
 def test_a_flipped_bit_in_an_archive_is_found(tmp_path):
@@ -295,7 +295,7 @@ def test_a_wrong_checksum_at_the_end_of_an_archive_is_found(tmp_path):
     content[-8] ^= 1  # gzip ends in the checksum and the length.
     path.write_bytes(content)
     with pytest.raises(InputError, match="CRC"):
-        trees.find_layout(path, 0.2)
+        trees.label_files(path, 0.2)
 
 
 def test_other_files_are_refused(tmp_path):
@@ -321,7 +321,7 @@ def test_names_that_cannot_be_used(tmp_path, name):
     [("My-Photos.tar.xz", "my_photos"), ("2021.zip", "images_2021"), ("flowers", "flowers")],
 )
 def test_the_name_comes_from_the_path(tmp_path, file, name):
-    assert prepare._name_from(tmp_path / file) == name
+    assert prepare.default_name(tmp_path / file) == name
 
 
 # --- single images ------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def rgb(data):
 )
 def test_plain_images_keep_their_bytes(mode, kind):
     data = encoded(mode=mode, kind=kind)
-    assert decode.normalize_encoded(data, "x") is data
+    assert decode.to_jpeg_or_png(data, "x") is data
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_plain_images_keep_their_bytes(mode, kind):
     ],
 )
 def test_other_modes_become_rgb_png(mode, kind):
-    pixels = rgb(decode.normalize_encoded(encoded(mode=mode, kind=kind), "x")).astype(int)
+    pixels = rgb(decode.to_jpeg_or_png(encoded(mode=mode, kind=kind), "x")).astype(int)
     assert np.abs(pixels - (200, 30, 60)).max() < 50  # A palette and JPEG are only near.
 
 
@@ -362,18 +362,18 @@ def test_transparency_is_composed_on_white(mode):
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert(mode)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    assert (rgb(decode.normalize_encoded(buffer.getvalue(), "x")) == 255).all()
+    assert (rgb(decode.to_jpeg_or_png(buffer.getvalue(), "x")) == 255).all()
 
 
 def test_a_transparent_colour_is_composed_on_white():
     data = encoded((1, 2, 3), transparency=(1, 2, 3))
-    assert (rgb(decode.normalize_encoded(data, "x")) == 255).all()
+    assert (rgb(decode.to_jpeg_or_png(data, "x")) == 255).all()
 
 
 def test_16_bit_grey_is_scaled():
     buffer = io.BytesIO()
     Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(buffer, "PNG")
-    pixels = rgb(decode.normalize_encoded(buffer.getvalue(), "x"))
+    pixels = rgb(decode.to_jpeg_or_png(buffer.getvalue(), "x"))
     assert pixels[0, :, 0].tolist() == [0, 100, 255]
 
 
@@ -384,7 +384,7 @@ def test_the_exif_orientation_is_applied():
     exif[0x0112] = 6  # Turn by 90 degrees, clockwise.
     buffer = io.BytesIO()
     image.save(buffer, "PNG", exif=exif)
-    pixels = rgb(decode.normalize_encoded(buffer.getvalue(), "x"))
+    pixels = rgb(decode.to_jpeg_or_png(buffer.getvalue(), "x"))
     assert pixels.shape == (8, 4, 3)
     assert pixels[0, 0].tolist() == [0, 0, 255]
     assert pixels[-1, 0].tolist() == [255, 0, 0]
@@ -400,7 +400,7 @@ def bomb(width, height):
 @pytest.mark.parametrize("size", [(10_001, 10_000), (60_000, 60_000)])
 def test_enormous_images_are_refused_by_name(size):
     with pytest.raises(InputError, match=r"train/cat/0\.png has more than 100 megapixels"):
-        decode.normalize_encoded(bomb(*size), "train/cat/0.png")
+        decode.to_jpeg_or_png(bomb(*size), "train/cat/0.png")
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", encoded()[:50], encoded(kind="JPEG")[:-40]])
@@ -415,7 +415,7 @@ def test_a_float_image_is_refused():
     buffer = io.BytesIO()
     Image.new("F", (3, 3)).save(buffer, "TIFF")
     with pytest.raises(InputError, match="32-bit floats"):
-        decode.normalize_encoded(buffer.getvalue(), "x")
+        decode.to_jpeg_or_png(buffer.getvalue(), "x")
 
 
 # --- CIFAR-10 -----------------------------------------------------------------------------------
@@ -582,17 +582,17 @@ def test_cifar10_keeps_its_name(tmp_path):
 def test_an_interruption_leaves_nothing_and_the_next_run_works(tmp_path, monkeypatch):
     path = write_folder(tmp_path / "pets", tree_files())
     data_dir = str(tmp_path / "tfds")
-    normalize = decode.normalize_encoded
+    normalize = decode.to_jpeg_or_png
 
     def interrupt(data, name):
         if name.startswith("test/"):  # Train is written by then.
             raise KeyboardInterrupt
         return normalize(data, name)
 
-    monkeypatch.setattr(decode, "normalize_encoded", interrupt)
+    monkeypatch.setattr(decode, "to_jpeg_or_png", interrupt)
     assert script.main([str(path), f"--data_dir={data_dir}"]) == 130
     assert not leftovers(data_dir)
-    monkeypatch.setattr(decode, "normalize_encoded", normalize)
+    monkeypatch.setattr(decode, "to_jpeg_or_png", normalize)
     assert prepare.prepare_path(path, data_dir=data_dir).is_new
 
 
@@ -631,10 +631,10 @@ def test_the_old_set_survives_a_kill_while_it_is_replaced(tmp_path):
     data_dir = tmp_path / "tfds"
     path = write_folder(tmp_path / "pets", tree_files())
     folder = prepare.prepare_path(path, data_dir=str(data_dir)).folder
-    folder.rename(prepare._aside(folder))
-    with prepare._lone_writer(folder):
-        assert prepare.is_prepared(folder)
-    folder.rename(prepare._aside(folder))
+    replaced = folder.with_name("replaced.1.0.0")
+    folder.rename(replaced)
+    assert not prepare.prepare_path(path, data_dir=str(data_dir)).is_new
+    folder.rename(replaced)
     config = default_config().data
     config.name, config.data_dir = "pets", str(data_dir)
     assert len(load_source(config, "train")) == 6
@@ -643,16 +643,14 @@ def test_the_old_set_survives_a_kill_while_it_is_replaced(tmp_path):
 def test_of_two_that_prepare_the_same_set_the_second_takes_the_first_ones(tmp_path, monkeypatch):
     data_dir = str(tmp_path / "tfds")
     path = write_folder(tmp_path / "pets", tree_files())
-    lone_writer = prepare._lone_writer
+    flock = fcntl.flock
 
-    @contextlib.contextmanager
-    def slow_to_get_in(folder):
-        monkeypatch.setattr(prepare, "_lone_writer", lone_writer)
+    def after_another(*args):
+        monkeypatch.setattr(fcntl, "flock", flock)
         assert prepare.prepare_path(path, data_dir=data_dir).is_new
-        with lone_writer(folder):
-            yield
+        flock(*args)
 
-    monkeypatch.setattr(prepare, "_lone_writer", slow_to_get_in)
+    monkeypatch.setattr(fcntl, "flock", after_another)
     assert not prepare.prepare_path(path, data_dir=data_dir).is_new
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -163,16 +164,14 @@ def test_other_sizes_are_scaled_and_cropped(stripes_dir):
 
 def test_the_usual_folder_follows_the_environment(digits_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(digits_dir))
-    monkeypatch.setattr(prepare, "_run", lambda *args, **kwargs: pytest.fail("not found there"))
+    monkeypatch.setattr(prepare, "run_builder", lambda *args: pytest.fail("not found there"))
     assert len(load_source(config(""), "test")) == 360
 
 
 def test_processes_that_start_together_prepare_once(tmp_path, monkeypatch):
     runs = []
-    run = prepare._run
-    monkeypatch.setattr(
-        prepare, "_run", lambda *args, **kwargs: (runs.append(1), run(*args, **kwargs))
-    )
+    run = prepare.run_builder
+    monkeypatch.setattr(prepare, "run_builder", lambda *args: (runs.append(1), run(*args)))
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: prepare.prepare_digits(str(tmp_path)), range(3)))
     assert len(runs) == 1
@@ -192,7 +191,7 @@ def test_an_unknown_name_names_the_near_ones(stripes_dir):
         load_source(config(stripes_dir, "cifar11"), "train")
     with pytest.raises(InputError, match="did you mean stripes"):
         load_source(config(stripes_dir, "strips"), "train")
-    with pytest.raises(InputError, match=r"prepare it with scripts/prepare_data\.py"):
+    with pytest.raises(InputError, match="prepare it with `alexnet-jax prepare`"):
         load_source(config(stripes_dir, "qqqqqqqqqq"), "train")
 
 
@@ -231,7 +230,7 @@ def test_a_set_that_is_no_image_classification(tmp_path):
         def _generate_examples(self):
             yield 0, {"text": "word", "score": 1}
 
-    prepare._run(Texts(data_dir=tmp_path, file_format="array_record"), tmp_path, bars=False)
+    prepare.run_builder(Texts(data_dir=tmp_path, file_format="array_record"), tmp_path)
     with pytest.raises(InputError, match=r"has score \(Scalar\), text \(Text\)"):
         load_source(config(tmp_path, "texts"), "train")
 
@@ -264,7 +263,7 @@ def test_keys_without_supervision_and_labels_that_are_none(tmp_path):
             png.seek(0)
             yield 0, {"id": "x", "photo": png, "category": 0, "label": label}
 
-    prepare._run(Partly(data_dir=tmp_path, file_format="array_record"), tmp_path, bars=False)
+    prepare.run_builder(Partly(data_dir=tmp_path, file_format="array_record"), tmp_path)
     source = load_source(config(tmp_path, "partly", 2), "train")
     assert source[0]["label"] == 2
     assert source.class_names == ("0", "1", "2")
@@ -313,13 +312,13 @@ def asked(stripes_dir, monkeypatch, tmp_path):
     """The splits that TFDS is asked for, after a first opening of stripes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     load_source(config(stripes_dir, "stripes"), "train")
-    found, ask = [], source._ask_tfds
+    found, find_split = [], source.find_split
 
     def noting(name, data_dir, split, progress):
         found.append(split)
-        return ask(name, data_dir, split, progress)
+        return find_split(name, data_dir, split, progress)
 
-    monkeypatch.setattr(source, "_ask_tfds", noting)
+    monkeypatch.setattr(source, "find_split", noting)
     return found
 
 
@@ -379,9 +378,9 @@ def test_tfds_is_asked_again_after_any_change(asked, stripes_dir, change, folder
     assert (Path(source.folder).name, source.class_names) == (folder, names)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"layout": {}}', '{"layout": {"folder": "/"}}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"split": {}}', '{"split": {"folder": "/"}}'])
 def test_a_damaged_file_of_the_cache_is_replaced(asked, stripes_dir, content):
-    (file,) = (environment.cache_folder() / "layouts").iterdir()
+    (file,) = (environment.cache_folder() / "splits").iterdir()
     file.write_text(content)
     for _ in range(2):
         assert len(load_source(config(stripes_dir, "stripes"), "train")) == 6
@@ -469,38 +468,37 @@ def test_without_a_network_a_message_comes_at_once(tmp_path, no_network):
     for part in (
         "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz (162.17 MiB)",
         str(tmp_path / "downloads" / "manual"),
-        "python scripts/prepare_data.py",
+        "alexnet-jax prepare FILE",
         "the same command again",
     ):
         assert part in str(caught.value)
 
 
-def test_only_missing_files_are_asked_for(tmp_path, no_network, monkeypatch):
+def cached_download(data_dir, folder, url, info):
+    """Where TFDS keeps a file that it has downloaded."""
+    from tensorflow_datasets.core.download import resource
+
+    file = data_dir / "downloads" / folder / resource.get_dl_fname(url, info.checksum)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+@pytest.mark.parametrize("folder", ["", "mnist"])
+def test_only_missing_files_are_asked_for(tmp_path, no_network, folder):
     import tensorflow_datasets as tfds
 
     builder = tfds.builder("mnist", data_dir=tmp_path)
     urls = list(builder.url_infos)
     assert len(urls) == 4
-    monkeypatch.setattr(downloads, "_is_cached", lambda url, *_: url != urls[1])
+    files = [cached_download(tmp_path, folder, *item) for item in builder.url_infos.items()]
+    for index in (0, 2, 3):
+        files[index].touch()
     with pytest.raises(InputError) as caught:
         downloads.check_downloads(builder, tmp_path / "downloads")
     assert [url in str(caught.value) for url in urls] == [False, True, False, False]
-    assert "prepare_data" not in str(caught.value)
-    monkeypatch.setattr(downloads, "_is_cached", lambda *_: True)
+    assert "alexnet-jax prepare" not in str(caught.value)
+    files[1].touch()
     downloads.check_downloads(builder, tmp_path / "downloads")
-
-
-def test_the_download_cache_is_recognised(tmp_path):
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download import resource
-
-    builder = tfds.builder("cifar10", data_dir=tmp_path)
-    ((url, info),) = builder.url_infos.items()
-    file = tmp_path / "downloads" / "cifar10" / resource.get_dl_fname(url, info.checksum)
-    assert not downloads._is_cached(url, info.checksum, "cifar10", tmp_path / "downloads")
-    file.parent.mkdir(parents=True)
-    file.write_bytes(b"")
-    assert downloads._is_cached(url, info.checksum, "cifar10", tmp_path / "downloads")
 
 
 def test_a_wrong_file_put_there_by_hand(tmp_path, no_network):
@@ -513,24 +511,35 @@ def test_a_wrong_file_put_there_by_hand(tmp_path, no_network):
         load_source(config(tmp_path, "cifar10"), "train")
 
 
-def test_a_host_that_answers_is_reachable(monkeypatch):
+@pytest.fixture
+def no_proxy(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_proxy")
+def test_a_host_that_answers_is_reachable(monkeypatch):
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/file"  # Answers 501: it knows no HEAD.
     monkeypatch.setattr(server.RequestHandlerClass, "log_message", lambda *_: None)
-    assert downloads._unreachable([url]) == {}
+    assert downloads.unreachable_hosts([url]) == {}
     server.shutdown()
     server.server_close()
-    assert "refused" in str(downloads._unreachable([url]))
+    assert "refused" in str(downloads.unreachable_hosts([url]))
 
 
+@pytest.mark.usefixtures("no_proxy")
 def test_a_host_that_is_silent_is_given_up(monkeypatch):
     monkeypatch.setattr(downloads, "PROBE_SECONDS", 0.1)
-    monkeypatch.setattr(downloads, "_probe", lambda *_: time.sleep(1))
+
+    def slow(*args, **kwargs):  # as a name server may be that does not answer
+        time.sleep(1)
+        raise OSError("no such host")
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
     start = time.monotonic()
-    assert list(downloads._unreachable(["https://silent/file"])) == ["silent"]
+    assert list(downloads.unreachable_hosts(["http://silent/file"])) == ["silent"]
     assert time.monotonic() - start < 0.9
 
 
@@ -548,7 +557,7 @@ def test_failures_of_tfds_are_sentences(tmp_path, monkeypatch, error, message):
         raise error
 
     monkeypatch.setattr(prepare, "check_downloads", lambda *_: None)
-    monkeypatch.setattr(tfds.core.GeneratorBasedBuilder, "_download_and_prepare", fail)
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", fail)
     with pytest.raises(InputError, match=message):
         load_source(config(tmp_path, "mnist"), "train")
     assert not list((tmp_path / "mnist").glob("*incomplete*"))

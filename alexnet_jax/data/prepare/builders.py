@@ -4,12 +4,11 @@ TFDS runs TensorFlow only to encode arrays, so these builders yield images that 
 already. Importing this module imports TFDS (half a second): import it inside functions.
 """
 
-import dataclasses
-import hashlib
 import io
+import itertools
 import pickletools
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from alexnet_jax.data import decode
 from alexnet_jax.data.prepare import trees
+from alexnet_jax.data.prepare.downloads import check_sha256
 from alexnet_jax.errors import InputError
 
 # The two official archives, and the sha256 of each.
@@ -32,53 +32,113 @@ CIFAR10_SHA256 = {
 Examples = Iterator[tuple[int | str, dict[str, Any]]]
 
 
-class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """scikit-learn's 1,797 handwritten digits: a real data set that needs no download."""
+class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """A data set of encoded images, which `examples` yields by split.
 
-    name = "digits"
+    Args:
+        name: What the data set is called.
+        data_dir: Root of the prepared data sets.
+        features: TFDS's features by name, "image" and "label" among them.
+        examples: Called when the set is prepared.
+        info: Further arguments of `tfds.core.DatasetInfo`.
+    """
+
     VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(
+        self,
+        name: str,
+        data_dir: Path,
+        features: dict[str, Any],
+        examples: Callable[[], dict[str, Examples]],
+        **info: str,
+    ) -> None:
+        self.name = name
+        self._features, self._examples, self._arguments = features, examples, info
+        super().__init__(data_dir=str(data_dir), file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description=(
-                "Handwritten digits of 43 writers, reduced to 8x8 grey values: the part of the "
-                "UCI set that ships with scikit-learn, split 4 to 1 with every digit in proportion."
-            ),
-            homepage="https://archive.ics.uci.edu/dataset/80",
-            citation=(
-                "E. Alpaydin and C. Kaynak. Optical Recognition of Handwritten Digits. "
-                "UCI Machine Learning Repository, 1998."
-            ),
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
-                }
-            ),
+            features=tfds.features.FeaturesDict(self._features),
             supervised_keys=("image", "label"),
+            **self._arguments,
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
+        return self._examples()
 
-        digits = load_digits()
-        train, test = train_test_split(
-            np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0
-        )
-        pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
-        return {
-            "train": self._generate_examples(train, pixels, digits.target),
-            "test": self._generate_examples(test, pixels, digits.target),
-        }
+    def _generate_examples(self) -> Examples:
+        raise NotImplementedError
 
-    def _generate_examples(
-        self, chosen: np.ndarray, pixels: np.ndarray, labels: np.ndarray
-    ) -> Examples:
+
+def digits(data_dir: Path) -> ImageBuilder:
+    """Returns scikit-learn's 1,797 handwritten digits: a real data set that needs no download."""
+
+    def generate(chosen: np.ndarray, pixels: np.ndarray, labels: np.ndarray) -> Examples:
         for index in chosen.tolist():
             image = io.BytesIO(decode.encode_png(pixels[index]))
             yield index, {"image": image, "label": int(labels[index])}
+
+    def examples() -> dict[str, Examples]:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        data = load_digits()
+        train, test = train_test_split(
+            np.arange(len(data.target)), test_size=360, stratify=data.target, random_state=0
+        )
+        pixels = np.round(data.images * (255 / 16)).astype(np.uint8)
+        chosen = {"train": train, "test": test}
+        return {split: generate(part, pixels, data.target) for split, part in chosen.items()}
+
+    return ImageBuilder(
+        "digits",
+        data_dir,
+        {
+            "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
+        },
+        examples,
+        description=(
+            "Handwritten digits of 43 writers, reduced to 8x8 gray values: the part of the "
+            "UCI set that ships with scikit-learn, split 4 to 1 with every digit in proportion."
+        ),
+        homepage="https://archive.ics.uci.edu/dataset/80",
+        citation=(
+            "E. Alpaydin and C. Kaynak. Optical Recognition of Handwritten Digits. "
+            "UCI Machine Learning Repository, 1998."
+        ),
+    )
+
+
+def class_folders(
+    name: str, files: trees.LabeledFiles, data_dir: Path, progress: bool
+) -> ImageBuilder:
+    """Returns the images of a folder or an archive, which is read without unpacking it."""
+
+    def generate(split: str, labels: Mapping[str, str]) -> Examples:
+        chosen = (entry for entry in trees.walk(files.path) if entry.read and entry.name in labels)
+        for entry in bar(chosen, len(labels), split, progress):
+            with trees.readable(files.path):
+                data = entry.read()
+            image = io.BytesIO(decode.to_jpeg_or_png(data, entry.name))
+            yield (
+                entry.name,
+                {"filename": entry.name, "image": image, "label": labels[entry.name]},
+            )
+
+    return ImageBuilder(
+        name,
+        data_dir,
+        {
+            "filename": tfds.features.Text(),
+            "image": tfds.features.Image(),
+            "label": tfds.features.ClassLabel(names=list(files.class_names)),
+        },
+        lambda: {split: generate(split, labels) for split, labels in files.splits.items()},
+        description=f"Folders of images, one for each class, from {files.path}.",
+    )
 
 
 class Cifar10Archive(Cifar10, skip_registration=True):  # type: ignore[call-arg]
@@ -86,8 +146,8 @@ class Cifar10Archive(Cifar10, skip_registration=True):  # type: ignore[call-arg]
 
     Args:
         archive: The binary or the python archive, under its official name.
-        data_dir: Root of the prepared data sets; None for TFDS's usual folder.
-        sha256: The sum to expect for each official name.
+        data_dir: Root of the prepared data sets.
+        sha256: The checksum to expect for each official name.
         progress: Whether to show a bar on a terminal.
 
     Raises:
@@ -97,100 +157,22 @@ class Cifar10Archive(Cifar10, skip_registration=True):  # type: ignore[call-arg]
     name = "cifar10"
 
     def __init__(
-        self,
-        archive: Path,
-        *,
-        data_dir: str | None = None,
-        sha256: Mapping[str, str] = CIFAR10_SHA256,
-        progress: bool = True,
+        self, archive: Path, data_dir: Path, sha256: Mapping[str, str], progress: bool
     ) -> None:
-        self._archive = archive
-        self._progress = progress
+        self._archive, self._progress = archive, progress
         check_sha256(archive, sha256[archive.name], f"download it again from {CIFAR10_URL}")
-        super().__init__(data_dir=data_dir, file_format="array_record")
+        super().__init__(data_dir=str(data_dir), file_format="array_record")
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
-        data = read_cifar10(self._archive)
-        self.info.features["label"].names = list(data.class_names)
-        return {
-            "train": self._generate_examples("train", *data.train),
-            "test": self._generate_examples("test", *data.test),
-        }
+        self.info.features["label"].names, splits = read_cifar10(self._archive)
+        return {split: self._generate_examples(split, *part) for split, part in splits.items()}
 
     def _generate_examples(self, split: str, labels: np.ndarray, pixels: np.ndarray) -> Examples:
         # The keys are TFDS's: it orders the records by a hash of the key and the split's name.
         pairs = zip(labels.tolist(), pixels, strict=True)
         for index, (label, image) in enumerate(bar(pairs, len(labels), split, self._progress)):
-            yield (
-                index,
-                {
-                    "id": f"{split}_{index:05d}",
-                    "image": io.BytesIO(decode.encode_png(image)),
-                    "label": label,
-                },
-            )
-
-
-class ClassFolders(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Images in one folder for each class, read from a folder or straight from an archive.
-
-    Args:
-        name: What the data set will be called.
-        layout: Which image goes where (`trees.find_layout`).
-        data_dir: Root of the prepared data sets; None for TFDS's usual folder.
-        progress: Whether to show a bar on a terminal.
-    """
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(
-        self,
-        name: str,
-        layout: trees.Layout,
-        *,
-        data_dir: str | None = None,
-        progress: bool = True,
-    ) -> None:
-        self.name = name
-        self._layout = layout
-        self._progress = progress
-        super().__init__(data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=f"Folders of images, one for each class, taken from {self._layout.path}.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "filename": tfds.features.Text(),
-                    "image": tfds.features.Image(),
-                    "label": tfds.features.ClassLabel(names=list(self._layout.class_names)),
-                }
-            ),
-            supervised_keys=("image", "label"),
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
-        return {
-            split: self._generate_examples(split, labels)
-            for split, labels in self._layout.splits.items()
-        }
-
-    def _generate_examples(self, split: str, labels: Mapping[str, str]) -> Examples:
-        entries = trees.walk(self._layout.path)
-        chosen = (entry for entry in entries if entry.read and entry.name in labels)
-        for entry in bar(chosen, len(labels), split, self._progress):
-            with trees.readable(self._layout.path):
-                data = entry.read()
-            encoded = decode.normalize_encoded(data, entry.name)
-            yield (
-                entry.name,
-                {
-                    "filename": entry.name,
-                    "image": io.BytesIO(encoded),
-                    "label": labels[entry.name],
-                },
-            )
+            png = io.BytesIO(decode.encode_png(image))
+            yield index, {"id": f"{split}_{index:05d}", "image": png, "label": label}
 
 
 def bar(items: Iterable[Any], total: int, split: str, progress: bool) -> Iterable[Any]:
@@ -198,37 +180,16 @@ def bar(items: Iterable[Any], total: int, split: str, progress: bool) -> Iterabl
     return tqdm(items, f"Preparing {split}", total, disable=None if progress else True, unit="img")
 
 
-def check_sha256(path: Path, expected: str, remedy: str) -> None:
-    """Raises InputError, which ends in `remedy`, unless the file has the expected sha256."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise InputError(
-            f"{path} is damaged or another file: its sha256 is {found}, expected {expected}; "
-            f"{remedy}."
-        )
+# --- CIFAR-10's archives ------------------------------------------------------------------------
+
+Batch = tuple[np.ndarray, np.ndarray]  # labels uint8[N], pixels uint8[N, 32, 32, 3]
 
 
-@dataclasses.dataclass(frozen=True)
-class Cifar10Data:
-    """CIFAR-10 in memory.
-
-    Attributes:
-        class_names: The ten names, by label.
-        train: labels uint8[N] and pixels uint8[N, 32, 32, 3], in the official order.
-        test: The same of the test images.
-    """
-
-    class_names: tuple[str, ...]
-    train: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
-
-
-def read_cifar10(archive: Path) -> Cifar10Data:
+def read_cifar10(archive: Path) -> tuple[list[str], dict[str, Batch]]:
     """Reads an official CIFAR-10 archive, binary or python, without unpickling anything.
 
-    Args:
-        archive: A tar.gz whose members have the official names.
+    Returns:
+        The class names, and the images of each split in the official order.
 
     Raises:
         InputError: The archive cannot be read, or lacks a part or holds a malformed one.
@@ -238,12 +199,12 @@ def read_cifar10(archive: Path) -> Cifar10Data:
         for member in tar:
             if member.isfile() and (content := tar.extractfile(member)) is not None:
                 files[PurePosixPath(member.name).name] = content.read()
-    binary = "batches.meta.txt" in files
-    suffix, read_batch = (".bin", _read_binary_batch) if binary else ("", _read_python_batch)
     try:
-        if binary:
+        if "batches.meta.txt" in files:
+            suffix, read_batch = ".bin", _read_binary_batch
             names = files["batches.meta.txt"].decode().split()
         else:
+            suffix, read_batch = "", _read_python_batch
             names = _pickled_list(files["batches.meta"], "label_names")
         train = [read_batch(files[f"data_batch_{part}{suffix}"]) for part in range(1, 6)]
         test = read_batch(files[f"test_batch{suffix}"])
@@ -251,50 +212,45 @@ def read_cifar10(archive: Path) -> Cifar10Data:
         raise InputError(f"{archive} has no member {error}; it is no CIFAR-10 archive.") from error
     except ValueError as error:
         raise InputError(f"{archive} is no valid CIFAR-10 archive: {error}.") from error
-    labels, pixels = zip(*train, strict=True)
-    return Cifar10Data(tuple(names), (np.concatenate(labels), np.concatenate(pixels)), test)
+    labels, pixels = (np.concatenate(parts) for parts in zip(*train, strict=True))
+    return names, {"train": (labels, pixels), "test": test}
 
 
-def _read_binary_batch(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+def _read_binary_batch(data: bytes) -> Batch:
     """Splits records of one label byte and 3,072 bytes of pixels, channel by channel."""
     records = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3072)
     return records[:, 0], _channels_last(records[:, 1:])
 
 
-def _read_python_batch(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+def _read_python_batch(data: bytes) -> Batch:
     """Finds labels and pixels in a pickle by reading its opcodes, which executes nothing."""
-    strings = (argument for _, argument, _ in pickletools.genops(data))
-    pixels = [item for item in strings if _is_text(item) and item and len(item) % 3072 == 0]
-    if len(pixels) != 1:
-        raise ValueError(f"a batch has {len(pixels)} blocks of pixels, not one")
+    strings = (item for _, item, _ in pickletools.genops(data) if isinstance(item, str | bytes))
+    blocks = [item for item in strings if item and len(item) % 3072 == 0]
+    if len(blocks) != 1:
+        raise ValueError(f"a batch has {len(blocks)} blocks of pixels, not one")
     # pickletools shows the strings of a Python 2 pickle as Latin-1, which maps every byte.
-    content = pixels[0].encode("latin-1") if isinstance(pixels[0], str) else pixels[0]
+    content = blocks[0].encode("latin-1") if isinstance(blocks[0], str) else blocks[0]
     labels = np.array(_pickled_list(data, "labels"), np.uint8)
-    images_chw = np.frombuffer(content, np.uint8).reshape(-1, 3072)
-    if len(labels) != len(images_chw):
-        raise ValueError(f"a batch has {len(images_chw)} images but {len(labels)} labels")
-    return labels, _channels_last(images_chw)
+    pixels = _channels_last(np.frombuffer(content, np.uint8))
+    if len(labels) != len(pixels):
+        raise ValueError(f"a batch has {len(pixels)} images but {len(labels)} labels")
+    return labels, pixels
 
 
 def _pickled_list(data: bytes, key: str) -> list[Any]:
     """Finds the numbers or strings of the list that follows the string `key` in a pickle."""
     items: list[Any] = []
-    found = inside = False
-    for opcode, argument, _ in pickletools.genops(data):
-        if not found:
-            found = argument == key
-        elif opcode.name in ("MARK", "APPENDS"):  # They enclose each thousand items.
+    inside = False
+    opcodes = itertools.dropwhile(lambda item: item[1] != key, pickletools.genops(data))
+    for opcode, argument, _ in itertools.islice(opcodes, 1, None):
+        if opcode.name in ("MARK", "APPENDS"):  # They enclose each thousand items.
             inside = opcode.name == "MARK"
-        elif inside and (_is_text(argument) or opcode.name.startswith("BININT")):
+        elif inside and (isinstance(argument, str | bytes) or opcode.name.startswith("BININT")):
             items.append(argument)
-        elif _is_text(argument):  # The next key.
+        elif isinstance(argument, str | bytes):  # The next key.
             break
     return items
 
 
-def _is_text(argument: object) -> bool:
-    return isinstance(argument, str | bytes)
-
-
-def _channels_last(rows: np.ndarray) -> np.ndarray:
-    return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+def _channels_last(pixels: np.ndarray) -> np.ndarray:
+    return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)

@@ -1,5 +1,6 @@
-"""Whether what TFDS is about to download can be had: known in seconds, where TFDS takes minutes."""
+"""Whether TFDS can download what it is about to: known in seconds, where TFDS takes minutes."""
 
+import hashlib
 import threading
 import urllib.error
 import urllib.parse
@@ -13,80 +14,78 @@ PROBE_SECONDS = 5.0
 
 
 def check_downloads(builder: Any, downloads: Path) -> None:
-    """Verifies files put there by hand, and finds out early whether the others can be fetched.
+    """Verifies manually downloaded files, and checks that the others can be downloaded.
 
     Args:
-        builder: A TFDS builder, whose registered addresses are looked at.
+        builder: A TFDS builder, whose registered URLs are checked.
         downloads: TFDS's folder for downloads.
 
     Raises:
         InputError: A file is damaged, or one is missing and its host cannot be reached.
     """
-    from alexnet_jax.data.prepare import builders
+    from tensorflow_datasets.core.download import resource
 
     manual = downloads / "manual"
     infos = builder.url_infos or {}
     missing = {}
     for url, info in infos.items():
         by_hand = manual / (info.filename or "")
+        cached = resource.get_dl_fname(url, info.checksum)
         if info.filename and by_hand.is_file():
-            builders.check_sha256(by_hand, info.checksum, f"get it again from {url}")
-        elif not _is_cached(url, info.checksum, builder.name, downloads):
+            check_sha256(by_hand, info.checksum, f"download it again from {url}")
+        elif not any(
+            (folder / cached).exists() for folder in (downloads / builder.name, downloads)
+        ):
             missing[url] = info
-    # Of several configs each needs only some of the files, and which, TFDS alone knows.
+    # Of several configs each needs only some of the files, and only TFDS knows which.
     if not missing or (builder.builder_config is not None and len(missing) < len(infos)):
         return
-    failures = _unreachable(list(missing))
+    failures = unreachable_hosts(list(missing))
     if not failures:
         return
     wanted = [f"{url} ({info.size})" for url, info in missing.items()]
     listed = ", ".join(wanted[:5]) + (f" and {len(wanted) - 5} more" if len(wanted) > 5 else "")
     causes = ", ".join(f"{host} cannot be reached ({cause})" for host, cause in failures.items())
-    own_way = (
-        " (or run `python scripts/prepare_data.py FILE`, which takes the python archive too)"
-        if builder.name == "cifar10"
-        else ""
-    )
+    either = " (or run `alexnet-jax prepare FILE`, which takes the python archive, too)"
     raise InputError(
-        f"{builder.name} cannot be downloaded, for {causes}; fetch {listed} on another machine, "
-        f"put it into {manual}{own_way}, and start the same command again."
+        f"{builder.name} cannot be downloaded: {causes}; download {listed} on another machine, "
+        f"put it into {manual}{either if builder.name == 'cifar10' else ''}, and run the same "
+        "command again."
     )
 
 
-def _is_cached(url: str, checksum: str, name: str, downloads: Path) -> bool:
-    from tensorflow_datasets.core.download import resource
+def check_sha256(path: Path, expected: str, remedy: str) -> None:
+    """Raises InputError, which ends in `remedy`, unless the file has the expected sha256."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise InputError(
+            f"{path} is damaged or another file: its sha256 is {found}, expected {expected}; "
+            f"{remedy}."
+        )
 
-    file = resource.get_dl_fname(url, checksum)
-    return any((folder / file).exists() for folder in (downloads / name, downloads))
 
-
-def _unreachable(urls: list[str]) -> dict[str, str]:
-    """Tries one address on each host, all at once; returns why for each host that fails.
-
-    The threads are daemons, as looking up a name can take longer than we, or an exit, will wait.
-    """
+def unreachable_hosts(urls: list[str]) -> dict[str, str]:
+    """Tries one URL on each host, all at once; returns the reason for each host that fails."""
     hosts = {urllib.parse.urlsplit(url).netloc: url for url in urls if url.startswith("http")}
     failures = dict.fromkeys(hosts, f"no answer in {PROBE_SECONDS:.0f} s")
-    threads = [
-        threading.Thread(target=_probe, args=(host, url, failures), daemon=True)
-        for host, url in hosts.items()
-    ]
+
+    def probe(host: str, url: str) -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            # A new opener: the default one remembers the proxies of its first use.
+            urllib.request.build_opener().open(request, timeout=PROBE_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # It answers, if only to say that it knows no HEAD.
+        except OSError as error:
+            failures[host] = str(getattr(error, "reason", error))
+            return
+        del failures[host]
+
+    # Daemons, as resolving a name can take longer than this, or an exit, may wait.
+    threads = [threading.Thread(target=probe, args=item, daemon=True) for item in hosts.items()]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(PROBE_SECONDS)
     return dict(failures)
-
-
-def _probe(host: str, url: str, failures: dict[str, str]) -> None:
-    """Takes the host off `failures` if it answers, or notes there why it does not."""
-    try:
-        request = urllib.request.Request(url, method="HEAD")
-        # A new opener: the default one remembers the proxies of its first use.
-        urllib.request.build_opener().open(request, timeout=PROBE_SECONDS).close()
-    except urllib.error.HTTPError:
-        pass  # It answers; TFDS will see how it likes a GET.
-    except OSError as error:
-        failures[host] = str(getattr(error, "reason", error))
-        return
-    del failures[host]

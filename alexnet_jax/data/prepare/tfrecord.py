@@ -1,6 +1,6 @@
-"""From TFRecord, which is read front to back, to ArrayRecord, which is read at random.
+"""Conversion of TFRecord, which is read front to back, to ArrayRecord, which is read at random.
 
-Both hold the same serialised examples, so copying them needs no TensorFlow.
+Both hold the same serialized examples, so copying them needs no TensorFlow.
 """
 
 import struct
@@ -12,13 +12,7 @@ from tqdm import tqdm
 
 
 def copy_records(source: Path, target: Path, expected: int, bar: tqdm) -> None:
-    """Copies a TFRecord file to an ArrayRecord file, which appears only when it is complete.
-
-    Args:
-        source: The TFRecord file.
-        target: The ArrayRecord file.
-        expected: How many records there should be.
-        bar: Is moved by one for each record.
+    """Copies `expected` records to an ArrayRecord file, which appears only when it is complete.
 
     Raises:
         OSError, ValueError, RuntimeError: The source is damaged or the target cannot be written.
@@ -46,17 +40,14 @@ def _tfrecords(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while header := file.read(12):
             _check(header[:8], header[8:])  # Or a wrong length would be read into memory.
-            (length,) = struct.unpack("<Q", header[:8])
-            record = file.read(length)
+            record = file.read(*struct.unpack("<Q", header[:8]))
             _check(record, file.read(4))
             yield record
 
 
 def _check(data: bytes, stored: bytes) -> None:
     """Compares with the stored CRC-32C, which TFRecord masks as it may itself be summed again."""
-    if len(stored) < 4:
-        raise ValueError("it is cut short")
     crc = google_crc32c.value(data)
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-    if masked != int.from_bytes(stored, "little"):
-        raise ValueError("a checksum is wrong")
+    if stored != masked.to_bytes(4, "little"):
+        raise ValueError("it is cut short" if len(stored) < 4 else "a checksum is wrong")

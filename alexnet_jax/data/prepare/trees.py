@@ -1,12 +1,12 @@
-"""Trees of class folders, on disk or inside an archive: what lies in them and which image is what.
+"""Trees of class folders, on disk or in an archive: what they contain and how it is labeled.
 
-Archives are read member by member and never unpacked, so no member can write anywhere, and what
-they may make of memory and time is bounded.
+Archives are read member by member and never unpacked, so no member can write anywhere, and the
+memory and time that they may take is bounded.
 """
 
 import bz2
 import contextlib
-import dataclasses
+import functools
 import gzip
 import hashlib
 import lzma
@@ -16,14 +16,14 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from alexnet_jax.data.decode import MAX_FILE_BYTES
+from alexnet_jax.data.decode import check_file_size
 from alexnet_jax.errors import InputError
 
 IMAGE_SUFFIXES = frozenset(
@@ -55,25 +55,26 @@ _OPENERS |= {".xz": lzma.open, ".txz": lzma.open, ".bz2": bz2.open, ".tbz2": bz2
 ARCHIVE_SUFFIXES = frozenset({".tar", ".zip", *_OPENERS})
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A folder or a file of a tree.
 
     Attributes:
         name: Its path below the root, with forward slashes.
+        read: Returns the file's bytes; valid only until the walk goes on. None for folders, links
+            (which may lead anywhere), devices and pipes.
+        size: The file's bytes.
         is_folder: Whether it is a folder.
-        read: Returns the file's bytes; valid only until the walk goes on. None of what is no
-            regular file: links, which may lead anywhere, devices and pipes.
     """
 
     name: str
-    is_folder: bool
-    read: Callable[[], bytes] | None
+    read: Callable[[], bytes] | None = None
+    size: int = 0
+    is_folder: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Which image of a tree belongs to which split and class.
+@dataclass(frozen=True)
+class LabeledFiles:
+    """The images of a tree with their splits and classes.
 
     Attributes:
         path: The folder or archive.
@@ -88,12 +89,12 @@ class Layout:
     ignored: int
 
 
-def find_layout(path: Path, test_fraction: float, *, progress: bool = False) -> Layout:
+def label_files(path: Path, test_fraction: float, *, progress: bool = False) -> LabeledFiles:
     """Lists a tree and decides which image belongs to which split and class.
 
     The tree is `train/<class>/...` with `test/<class>/...` (`val`, `validation` and `valid` stand
-    in for `test` where there is none), or just `<class>/...`, which is then split class by class.
-    Either may lie below common top folders.
+    in for a missing `test`), or just `<class>/...`, which is then split class by class. Either may
+    be below common top folders.
 
     Args:
         path: A folder, or a tar or zip archive.
@@ -102,42 +103,29 @@ def find_layout(path: Path, test_fraction: float, *, progress: bool = False) -> 
 
     Raises:
         InputError: The archive cannot be read, there are fewer than two classes, or a class is
-            empty, is in test alone, or has a name that cannot be kept.
+            empty, is in test alone, or has a name that cannot be stored.
     """
-    folders: set[PurePosixPath] = set()
-    files: dict[PurePosixPath, str] = {}
-    ignored = links = 0
+    top, ignored, links = _Folder(PurePosixPath()), 0, 0
     hidden = None if progress else True
     for entry in tqdm(walk(path), f"Listing {path.name}", unit="file", disable=hidden):
-        place = PurePosixPath(entry.name)
-        folders.update(place.parents)
+        parts = PurePosixPath(entry.name).parts
+        folder = top.descend(parts if entry.is_folder else parts[:-1])
         if entry.is_folder:
-            folders.add(place)
-        elif entry.read is None:
+            continue
+        if entry.read is None:
             links += 1
-        elif place.suffix.lower() not in IMAGE_SUFFIXES:
+        elif not _is_image(entry.name):
             ignored += 1
-        elif place in files:
-            raise InputError(f"{path} holds {entry.name} twice; pack the archive anew.")
+        elif entry.name in folder.images:
+            raise InputError(f"{path} holds {entry.name} twice; pack the archive again.")
         else:
-            files[place] = entry.name
-
-    roots = _split_roots(_below_common_top(folders, files), folders, files)
+            folder.images.add(entry.name)
     copy = f" Links in it were not followed ({links:,}); copy what they name." if links else ""
-    splits = {
-        split: _classes_below(root, folders, files, path, copy) for split, root in roots.items()
-    }
+    splits = {split: _classes(root, path, copy) for split, root in _split_roots(top).items()}
     class_names = tuple(sorted(splits[_TRAIN]))
     for split, classes in splits.items():
         for name in sorted(set(classes) - set(class_names)):
             raise InputError(f"{path} has the class {name} in {split} but not in train.")
-    for name in class_names:
-        # TFDS keeps the names as stripped lines of a text file.
-        if not name.isprintable() or name != name.strip():
-            raise InputError(
-                f"{path} has the class {name!r}; a class must be named by printable characters "
-                "with no space at either end."
-            )
     if len(class_names) < 2:
         found = f"only the class folder {class_names[0]}" if class_names else "no class folder"
         raise InputError(f"{path} holds {found} with images; at least two are needed.{copy}")
@@ -151,8 +139,8 @@ def find_layout(path: Path, test_fraction: float, *, progress: bool = False) -> 
         raise InputError(
             f"{path} has too few images for a test split of {test_fraction}; raise --test_fraction."
         )
-    ignored += links + len(files) - sum(map(len, labels.values()))
-    return Layout(path, class_names, labels, ignored)
+    ignored += links + len(top.all_images()) - sum(map(len, labels.values()))
+    return LabeledFiles(path, class_names, labels, ignored)
 
 
 def walk(path: Path) -> Iterator[Entry]:
@@ -164,8 +152,8 @@ def walk(path: Path) -> Iterator[Entry]:
         path: A folder, or a tar or zip archive.
 
     Raises:
-        InputError: The path is neither, the archive is damaged, a file cannot be an image for its
-            size, or there is more in the archive than it could honestly hold.
+        InputError: The path is neither, the archive is damaged, a file is too large for an image,
+            or there is more in the archive than an honest one can hold.
     """
     if path.is_dir():
         entries = _walk_folder(path)
@@ -184,9 +172,12 @@ def walk(path: Path) -> Iterator[Entry]:
                     f"{path} holds more than {MAX_MEMBERS:,} files and folders; prepare a part."
                 )
             _check_name(entry.name, path)
-            parts = PurePosixPath(entry.name).parts
-            if not any(part.startswith(".") or part == "__MACOSX" for part in parts):
-                yield entry
+            place = PurePosixPath(entry.name.lstrip("/"))
+            if any(part.startswith(".") or part == "__MACOSX" for part in place.parts):
+                continue
+            if entry.read and _is_image(entry.name):
+                check_file_size(entry.name, entry.size)
+            yield entry._replace(name=place.as_posix())
 
 
 @contextlib.contextmanager
@@ -202,35 +193,102 @@ def readable(path: Path) -> Iterator[None]:
         ) from error
 
 
+# --- reading ------------------------------------------------------------------------------------
+
+
+def _walk_folder(path: Path) -> Iterator[Entry]:
+    def fail(error: OSError) -> None:  # Or a class that cannot be read would be left out.
+        raise error
+
+    for folder, folders, files in os.walk(path, onerror=fail):
+        folders.sort()
+        place = Path(folder).relative_to(path)
+        yield Entry(place.as_posix(), is_folder=True)
+        links = [name for name in folders if Path(folder, name).is_symlink()]  # Not walked into.
+        for name in sorted(files + links):
+            file = Path(folder, name)
+            status = file.lstat()
+            read = file.read_bytes if stat.S_ISREG(status.st_mode) else None
+            yield Entry((place / name).as_posix(), read, status.st_size)
+
+
+def _walk_tar(path: Path) -> Iterator[Entry]:
+    opener = _OPENERS.get(path.suffix.lower(), Path.open)
+    with opener(path, "rb") as packed:
+        file: Any = _Bounded(packed, path)  # Of a stream, tarfile uses nothing but read().
+        with tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictTarInfo) as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # Or a million headers would pile up in memory.
+                if member.issparse():  # Its holes take no room, and a TiB when read.
+                    raise InputError(
+                        f"{path} holds a sparse file, {member.name}; pack it without --sparse."
+                    )
+                content = tar.extractfile(member) if member.isreg() else None
+                read = content.read if content else None
+                yield Entry(member.name, read, member.size, member.isdir())
+        # The compressor's checksum is at the very end.
+        while file.read(2**20):
+            pass
+
+
+def _walk_zip(path: Path) -> Iterator[Entry]:
+    with zipfile.ZipFile(path) as archive:
+        # Before anything is read: members may overlap, each unpacking the same bytes again.
+        _check_unpacked(path, sum(member.file_size for member in archive.infolist()))
+        for member in archive.infolist():
+            if member.flag_bits & 1:
+                raise InputError(f"{path} is encrypted; unpack it and give the folder.")
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                # zipfile unpacks the others as a whole, whatever size is declared.
+                raise InputError(
+                    f"{path} is packed by another method than deflate; pack it again, or unpack it "
+                    "and give the folder."
+                )
+            is_file = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
+            read = functools.partial(_read_member, archive, member)
+            is_folder = member.is_dir()
+            yield Entry(
+                member.filename,
+                read if is_file and not is_folder else None,
+                member.file_size,
+                is_folder,
+            )
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    with archive.open(member) as file:
+        # Without a size, all is unpacked before it is found to be more than was declared.
+        return file.read(member.file_size)
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
 class _Bounded:
     """A decompressed stream that ends in an InputError where only a bomb would go on."""
 
     def __init__(self, file: Any, path: Path) -> None:
-        self._file = file
-        self._path = path
-        self._left = _most_bytes(path)
+        self._file, self._path, self._total = file, path, 0
 
     def read(self, size: int) -> bytes:
         chunk = self._file.read(size)
-        self._left -= len(chunk)
-        if self._left < 0:
-            raise _bomb(self._path)
+        self._total += len(chunk)
+        _check_unpacked(self._path, self._total)
         return chunk
 
 
-def _most_bytes(path: Path) -> int:
-    return max(MAX_SMALL_BYTES, MAX_RATIO * path.stat().st_size)
-
-
-def _bomb(path: Path) -> InputError:
-    return InputError(
-        f"{path} has {path.stat().st_size:,} bytes but unpacks to more than {_most_bytes(path):,}, "
-        "as a decompression bomb does; if it is yours, unpack it and give the folder."
-    )
+def _check_unpacked(path: Path, total: int) -> None:
+    packed = path.stat().st_size
+    if total > (limit := max(MAX_SMALL_BYTES, MAX_RATIO * packed)):
+        raise InputError(
+            f"{path} has {packed:,} bytes but unpacks to more than {limit:,}, as a decompression "
+            "bomb does; if it is yours, unpack it and give the folder."
+        )
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A header that makes damage an error: tarfile by itself takes it for the archive's end."""
+    """A header that makes damage an error, which tarfile itself takes for the archive's end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictTarInfo":
@@ -249,103 +307,13 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"bad member header: {error}") from error
 
 
-def _walk_folder(path: Path) -> Iterator[Entry]:
-    def refuse(error: OSError) -> None:  # else a class that cannot be read would be left out
-        raise error
-
-    for folder, folders, files in os.walk(path, onerror=refuse):
-        folders.sort()
-        place = Path(folder).relative_to(path)
-        yield Entry(place.as_posix(), True, bytes)
-        linked = [name for name in folders if Path(folder, name).is_symlink()]  # not walked into
-        for name in sorted(files + linked):
-            file = Path(folder, name)
-            status = file.lstat()
-            inside = (place / name).as_posix()
-            if stat.S_ISREG(status.st_mode):
-                yield _file_entry(inside, status.st_size, file.read_bytes)
-            else:
-                yield Entry(inside, False, None)
-
-
-def _walk_tar(path: Path) -> Iterator[Entry]:
-    opener = _OPENERS.get(path.suffix.lower(), Path.open)
-    with opener(path, "rb") as packed:
-        file: Any = _Bounded(packed, path)  # Of a stream, tarfile uses nothing but read().
-        with tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictTarInfo) as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # Or a million headers would pile up in memory.
-                if member.isdir():
-                    yield Entry(_inside(member.name), True, bytes)
-                elif member.issparse():  # Its holes take no room, and a TiB when read.
-                    raise InputError(
-                        f"{path} holds a sparse file, {member.name}; pack it without --sparse."
-                    )
-                elif member.isreg():
-                    content = tar.extractfile(member)
-                    assert content is not None  # It is a regular file.
-                    yield _file_entry(_inside(member.name), member.size, content.read)
-                else:
-                    yield Entry(_inside(member.name), False, None)
-        # The compressor's checksum stands at the very end.
-        while file.read(2**20):
-            pass
-
-
-def _walk_zip(path: Path) -> Iterator[Entry]:
-    with zipfile.ZipFile(path) as archive:
-        # Before anything is read: members may overlap, each unpacking the same bytes again.
-        if sum(member.file_size for member in archive.infolist()) > _most_bytes(path):
-            raise _bomb(path)
-        for member in archive.infolist():
-            kind = stat.S_IFMT(member.external_attr >> 16)
-            if member.is_dir():
-                yield Entry(_inside(member.filename), True, bytes)
-            elif member.flag_bits & 1:
-                raise InputError(f"{path} is encrypted; unpack it and give the folder.")
-            elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                # zipfile unpacks the others as a whole, whatever size is declared.
-                raise InputError(
-                    f"{path} is packed by another method than deflate; pack it anew, or unpack it "
-                    "and give the folder."
-                )
-            elif kind in (0, stat.S_IFREG):
-                read = _zip_reader(archive, member)
-                yield _file_entry(_inside(member.filename), member.file_size, read)
-            else:
-                yield Entry(_inside(member.filename), False, None)
-
-
-def _zip_reader(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callable[[], bytes]:
-    def read() -> bytes:
-        with archive.open(member) as file:
-            # Without a size, all is unpacked before it is found to be more than was declared.
-            return file.read(member.file_size)
-
-    return read
-
-
-def _file_entry(name: str, size: int, read: Callable[[], bytes]) -> Entry:
-    if size > MAX_FILE_BYTES and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
-        raise InputError(
-            f"The image {name} has {size} bytes, more than the {MAX_FILE_BYTES} allowed; "
-            "scale it down, or remove it."
-        )
-    return Entry(name, False, read)
-
-
-def _inside(name: str) -> str:
-    """Writes a member's name as a path below the archive's root."""
-    return PurePosixPath(name.lstrip("/")).as_posix()
-
-
 def _check_name(name: str, path: Path) -> None:
-    """Refuses a name that cannot be kept as text, or is made to fill the memory."""
+    """Rejects a name that cannot be stored as text, or is made to fill the memory."""
     try:
         name.encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"{path} holds the name {name[:80]!r}, which is no UTF-8; rename it."
+            f"{path} holds the name {name[:80]!r}, which is not UTF-8; rename it."
         ) from None
     if len(name) > MAX_NAME_LENGTH or name.count("/") > MAX_DEPTH:
         raise InputError(
@@ -354,61 +322,63 @@ def _check_name(name: str, path: Path) -> None:
         )
 
 
-def _below_common_top(folders: set[PurePosixPath], files: Iterable[PurePosixPath]) -> PurePosixPath:
-    """Descends while there is one folder, no class (it holds folders, not images), and no other."""
-    root = PurePosixPath()
-    while True:
-        children = _children(root, folders)
-        if len(children) != 1 or _holds_images(children[0], files):
-            return root
-        if not _children(children[0], folders):
-            return root
-        root = children[0]
+# --- labeling -----------------------------------------------------------------------------------
 
 
-def _split_roots(
-    root: PurePosixPath, folders: set[PurePosixPath], files: Iterable[PurePosixPath]
-) -> dict[str, PurePosixPath]:
-    """Finds the folder of each split; `root` itself is train where there are no split folders."""
-    children = {child.name.lower(): child for child in _children(root, folders)}
-    train = children.get(_TRAIN)
-    # "train" may also be a class, next to "bus": then its images lie right in it.
-    if train is None or _holds_images(train, files) or not _children(train, folders):
+@dataclass
+class _Folder:
+    path: PurePosixPath
+    images: set[str] = field(default_factory=set)
+    folders: "dict[str, _Folder]" = field(default_factory=dict)
+
+    def descend(self, parts: Iterable[str]) -> "_Folder":
+        folder = self
+        for part in parts:
+            if part not in folder.folders:
+                folder.folders[part] = _Folder(folder.path / part)
+            folder = folder.folders[part]
+        return folder
+
+    def all_images(self) -> list[str]:
+        below = (name for folder in self.folders.values() for name in folder.all_images())
+        return [*self.images, *below]
+
+
+def _split_roots(root: _Folder) -> dict[str, _Folder]:
+    """Finds the folder of each split; all is train where there are no split folders."""
+    while len(root.folders) == 1 and _has_only_folders(only := next(iter(root.folders.values()))):
+        root = only
+    by_name = {name.lower(): folder for name, folder in sorted(root.folders.items())}
+    # "train" may also be a class, next to "bus": then it has images of its own.
+    if _TRAIN not in by_name or not _has_only_folders(by_name[_TRAIN]):
         return {_TRAIN: root}
-    roots = {_TRAIN: train}
+    roots = {_TRAIN: by_name[_TRAIN]}
     for name, split in _HELD_OUT.items():
-        if name in children and split not in roots:
-            roots[split] = children[name]
+        if name in by_name:
+            roots.setdefault(split, by_name[name])
     if "test" not in roots and "validation" in roots:
         roots["test"] = roots.pop("validation")
     return roots
 
 
-def _children(root: PurePosixPath, folders: Iterable[PurePosixPath]) -> list[PurePosixPath]:
-    return sorted(folder for folder in folders if folder != root and folder.parent == root)
+def _has_only_folders(folder: _Folder) -> bool:
+    return bool(folder.folders) and not folder.images
 
 
-def _holds_images(folder: PurePosixPath, files: Iterable[PurePosixPath]) -> bool:
-    return any(file.parent == folder for file in files)
-
-
-def _classes_below(
-    root: PurePosixPath,
-    folders: set[PurePosixPath],
-    files: Mapping[PurePosixPath, str],
-    path: Path,
-    advice: str,
-) -> dict[str, list[str]]:
-    """Lists the images of each class folder of one split."""
-    depth = len(root.parts)
-    classes: dict[str, list[str]] = defaultdict(list)
-    for file, name in files.items():
-        if len(file.parts) > depth + 1 and file.parts[:depth] == root.parts:
-            classes[file.parts[depth]].append(name)
-    for folder in _children(root, folders):
-        if folder.name not in classes:
+def _classes(root: _Folder, path: Path, advice: str) -> dict[str, list[str]]:
+    """Lists the images of each class of a split."""
+    classes = {name: folder.all_images() for name, folder in sorted(root.folders.items())}
+    for name, images in classes.items():
+        if not images:
             raise InputError(
-                f"The class folder {folder} of {path} holds no image; fill or remove it.{advice}"
+                f"The class folder {root.path / name} of {path} holds no image; fill or remove "
+                f"it.{advice}"
+            )
+        # TFDS stores the names as stripped lines of a text file.
+        if not name.isprintable() or name != name.strip():
+            raise InputError(
+                f"{path} has the class {name!r}; a class must be named by printable characters "
+                "with no space at either end."
             )
     return classes
 
