@@ -14,16 +14,15 @@ from jax.sharding import Mesh
 from alexnet_jax.distributed import sharding, watchdog
 from alexnet_jax.errors import InputError, SaveFailed
 
-# The errors that `fail_together` tells the other processes of.
-_TOLD = {"InputError": InputError, "SaveFailed": SaveFailed}
+_ERRORS = {"InputError": InputError, "SaveFailed": SaveFailed}
 _MESSAGE_BYTES = 2000
 
 
 @contextmanager
 def fail_alone() -> Iterator[None]:
-    """Ends this process at once on an error that only it has met, since the others wait for it.
+    """Ends this process at once on an error that the others, which wait for it, have not met.
 
-    For what each process does by itself while all train. With a single process the error passes.
+    With a single process the error passes.
     """
     try:
         yield
@@ -35,40 +34,28 @@ def fail_alone() -> Iterator[None]:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Raises in every process the first InputError or SaveFailed that any process met inside.
-
-    Every process must enter it; inside may be what only one of them does.
-    """
+    """Raises in all processes the first InputError or SaveFailed that any of them met inside."""
     if jax.process_count() == 1:
         yield
         return
-    error_text = ""
+    own = ""
     try:
         yield
-    except tuple(_TOLD.values()) as error:
-        error_text = f"{type(error).__name__} {error}"
-    for process, text in enumerate(_gather(error_text)):
+    except (InputError, SaveFailed) as error:
+        own = f"{type(error).__name__} {error}"
+    for process, text in enumerate(_gather(own)):
         if text:
             kind, _, message = text.partition(" ")
-            raise _TOLD[kind](message if process == 0 else f"process {process}: {message}")
+            raise _ERRORS[kind](message if process == 0 else f"process {process}: {message}")
 
 
 def check_equal(value: Any, what: str) -> None:
-    """Checks, outside of `fail_together`, that all processes have the same JSON value.
-
-    Raises:
-        InputError: Names `what` differs, and in which process.
-    """
-    if jax.process_count() == 1:
-        return
+    """Raises an InputError unless all processes have the same JSON value; `what` names it."""
     content = json.dumps(value, sort_keys=True).encode()
-    first, *others = _gather(hashlib.sha256(content).hexdigest())
-    for process, other in enumerate(others, 1):
-        if other != first:
-            raise InputError(
-                f"{what} of process {process} differs from that of process 0; "
-                "it must be the same in all processes."
-            )
+    digest = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
+    with fail_together():
+        if (digest != multihost_utils.broadcast_one_to_all(digest)).any():
+            raise InputError(f"{what} differs from that of process 0; it must be the same.")
 
 
 def _gather(text: str) -> list[str]:
@@ -79,10 +66,10 @@ def _gather(text: str) -> list[str]:
 
 
 class AnyProcess:
-    """Tells all processes, at the same call, what any of them wishes for.
+    """Tells all processes at the same call whether any of them wishes something.
 
-    Wishes are sent behind the work that the devices already have, and answered at the next call:
-    so no device and no process waits for another on their account.
+    Wishes are queued behind the work of the devices and answered at the next call, so that no
+    device and no process waits for another one.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -93,10 +80,9 @@ class AnyProcess:
         self._sent: jax.Array | None = None
 
     def __call__(self, *wishes: bool) -> tuple[bool, ...]:
-        """Returns for each wish whether any process had it: one call ago if there are many.
+        """Returns for each wish whether any process had it, one call ago with many processes.
 
-        Args:
-            wishes: As many at every call, which all processes make after the same steps.
+        All processes must call it after the same steps, with as many wishes every time.
         """
         if jax.process_count() == 1:
             return wishes
@@ -107,5 +93,5 @@ class AnyProcess:
         return tuple(bool(wish) for wish in np.asarray(answered))
 
     def forget(self) -> None:
-        """Drops the wishes not yet answered, as when they have just been fulfilled."""
+        """Drops the wishes that are not yet answered, after they have been fulfilled."""
         self._sent = None

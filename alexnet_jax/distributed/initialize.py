@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from alexnet_jax.distributed import watchdog
-from alexnet_jax.errors import AGREED, InputError
+from alexnet_jax.errors import InputError
 
 # Seconds for all processes to start; the nodes of a cluster do not do so at once.
 CONNECT_SECONDS = 300
@@ -35,40 +35,24 @@ def initialize_arguments(
 ) -> dict[str, Any] | None:
     """Returns the arguments of `jax.distributed.initialize`; None for a single process.
 
-    Args:
-        flags: All of them, or none where a cluster's environment describes the processes;
-            `num_processes=1` alone means a single process whatever the environment says.
-        environment: Variables of the process.
-
     Raises:
         InputError: The flags are incomplete, contradict each other, or are out of range.
     """
     coordinator, count, process = flags
-    if count is not None and count < 1:
-        raise InputError(f"--num_processes={count} is out of range; it must be at least 1.")
+    if flags == ProcessFlags():
+        return _cluster_arguments(environment)
     if count == 1 and coordinator is None and process in (None, 0):
         return None
-    if flags == ProcessFlags():
-        try:
-            return _cluster_arguments(environment)
-        except (KeyError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"the environment of a cluster cannot be read ({error!r}); correct it, or give "
-                "--num_processes=1 to train in a single process."
-            ) from None
     if coordinator is None or count is None or process is None:
-        given = [f"--{name}" for name, value in flags._asdict().items() if value is not None]
-        missing = [f"--{name}" for name, value in flags._asdict().items() if value is None]
+        given = " and ".join(f"--{k}" for k, value in flags._asdict().items() if value is not None)
         raise InputError(
-            f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} given without "
-            f"{' and '.join(missing)}; give all three, or none under SLURM, Open MPI or Kubernetes."
+            "--coordinator, --num_processes and --process_id go together, and there is only "
+            f"{given}; give all three, or none under SLURM, Open MPI or Kubernetes."
         )
     if not 0 <= process < count:
         raise InputError(
-            f"--process_id={process} is out of range with --num_processes={count}; "
-            f"it must be at least 0 and less than {count}."
+            f"--process_id={process} with --num_processes={count} is out of range; processes are "
+            "numbered from 0 to one less than their number."
         )
     host, _, port = coordinator.rpartition(":")
     if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
@@ -85,14 +69,14 @@ def initialize_arguments(
 
 
 def _cluster_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """Detects clusters that JAX knows, and Open MPI 5; JAX would also take a lone task for one."""
+    """Detects clusters that JAX knows, and Open MPI 5; JAX would take a lone task for one, too."""
     # `srun` sets the node list of its step: a program in the batch script itself is on its own.
-    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+    if "SLURM_STEP_NODELIST" in environment and environment.get("SLURM_NTASKS", "1") != "1":
         return {"cluster_detection_method": "slurm"}
     count = int(environment.get("OMPI_COMM_WORLD_SIZE", 1))
     if count > 1 and "OMPI_MCA_orte_hnp_uri" in environment:
         return {"cluster_detection_method": "ompi"}
-    if count > 1:  # Open MPI 5, which JAX does not know
+    if count > 1:  # Open MPI 5, which JAX does not detect
         if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") != str(count):
             raise InputError(
                 "Open MPI 5 on several hosts does not say where process 0 is; give "
@@ -106,8 +90,8 @@ def _cluster_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
             "process_id": int(environment["OMPI_COMM_WORLD_RANK"]),
             "local_device_ids": [int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])],
         }
-    # Every pod has the first variable; the second only those of an indexed job, which work together
-    # where the package is installed with which JAX asks for the others.
+    # Every pod has the first variable, those of an indexed job the second; JAX finds the others
+    # with the package.
     pod = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
     if pod and importlib.util.find_spec("kubernetes"):
         return {"cluster_detection_method": "k8s"}
@@ -116,12 +100,12 @@ def _cluster_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
 
 @contextmanager
 def initialized(flags: ProcessFlags) -> Iterator[int]:
-    """Joins the other processes, if there are any; at the end waits for them and leaves.
+    """Joins the other processes, if there are any; at the end waits for them.
 
     Enter it before anything asks JAX for a device. Yields the index of this process.
 
     Raises:
-        InputError: See `initialize_arguments`; or JAX cannot use the environment of a cluster.
+        InputError: The flags are wrong, or the environment of a cluster cannot be used.
     """
     arguments = initialize_arguments(flags, os.environ)
     if arguments is None:
@@ -129,9 +113,14 @@ def initialized(flags: ProcessFlags) -> Iterator[int]:
         return
     # Its handler of SIGTERM would swallow the signal while `preemption` does not listen.
     jax.config.update("jax_enable_preemption_service", False)
-    address = arguments.get("coordinator_address", "")
+    host, _, port = arguments.get("coordinator_address", "").rpartition(":")
+    message = (
+        f"error: the processes have not all connected {f'at {host}:{port} ' if host else ''}within "
+        f"{CONNECT_SECONDS} s; start all of them with the same --coordinator and --num_processes, "
+        "and check that nothing between their hosts, such as a firewall, blocks them."
+    )
     # JAX itself would end the process by SIGABRT and a stack trace when its time is over.
-    timer = threading.Timer(CONNECT_SECONDS, _exit_unconnected, [address])
+    timer = threading.Timer(CONNECT_SECONDS, watchdog.exit_now, [message])
     timer.daemon = True
     timer.start()
     try:
@@ -143,25 +132,10 @@ def initialized(flags: ProcessFlags) -> Iterator[int]:
         process = jax.process_index()  # starts the devices, which takes all processes
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(
-            f"the processes could not be joined ({' '.join(str(error).split())}); correct this, "
-            "or give --num_processes=1 to train in a single process."
+            f"the processes cannot be joined ({error!r}); correct this, or give --num_processes=1 "
+            "to train in a single process."
         ) from None
     finally:
         timer.cancel()
-    with watchdog.exit_on_error():
-        lifeline = watchdog.Lifeline(address.rpartition(":")[0].strip("[]"))
-        try:
-            yield process
-        except AGREED:
-            lifeline.release()
-            raise
-        lifeline.release()
-
-
-def _exit_unconnected(address: str) -> None:
-    where = f"at {address} " if address else ""
-    watchdog.exit_now(
-        f"error: the processes have not all connected {where}within {CONNECT_SECONDS} s; start all "
-        "of them with the same --coordinator and --num_processes, and check that nothing between "
-        "their hosts, such as a firewall, blocks them."
-    )
+    with watchdog.lifeline(host.strip("[]")):
+        yield process

@@ -14,22 +14,23 @@ log = logging.getLogger(__name__)
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Turns the first SIGINT or SIGTERM into a request to stop; a second one ends the process."""
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread gets signals
+        yield lambda: False  # only the main thread receives signals
         return
     requested = threading.Event()
-    old: dict[int, Any] = {}
-
-    def on_signal(number: int, frame: Any) -> None:
-        requested.set()  # first of all, for whatever telling it may meet
-        restore()
-        log.info("%s: saving; once more to stop at once.", signal.Signals(number).name)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
-        for each, handler in old.items():
-            signal.signal(each, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
-    for each in (signal.SIGINT, signal.SIGTERM):
-        old[each] = signal.signal(each, on_signal)
+    def on_signal(number: int, frame: Any) -> None:
+        requested.set()  # first, whatever happens to the message
+        restore()
+        name = signal.Signals(number).name
+        log.info("Received %s: saving a checkpoint. Send it again to exit immediately.", name)
+
+    for number in handlers:
+        signal.signal(number, on_signal)
     try:
         yield requested.is_set
     finally:

@@ -1,7 +1,7 @@
-"""Devices: a one-dimensional mesh, where arrays lie on it, and how a step is compiled for it.
+"""Devices: a one-dimensional mesh, how arrays are sharded over it, and how steps are compiled.
 
-With many processes (see `processes`) the mesh is of the devices of all of them, and an array on it
-is one array, of which each process holds the parts that lie on its own devices.
+With many processes (see `initialize`) the mesh has the devices of all of them; an array on it is
+one array, of which each process holds the shards of its own devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,12 +24,12 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def on_cpu(mesh: Mesh) -> bool:
-    """Whether the devices are CPUs, whose compiler wants other programs."""
+    """Returns whether the devices are CPUs, for which other programs are faster."""
     return mesh.devices.flat[0].platform == "cpu"
 
 
 def hardware(mesh: Mesh) -> str:
-    """Names what computes: "8 x NVIDIA H100", or "2 cores of AMD EPYC"."""
+    """Names the devices: "8 x NVIDIA H100", or "2 cores of AMD EPYC"."""
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     if not on_cpu(mesh):
         return devices
@@ -49,42 +49,32 @@ def split(mesh: Mesh, dimension: int = 0) -> NamedSharding:
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Puts arrays of the host on the devices.
+    """Copies arrays of the host to the devices.
 
-    With many processes each must have at least the parts that its own devices are to hold, in
-    arrays of the global shape; these are copied, and nothing is sent between processes.
+    Of many processes, each needs only the shards of its own devices, in arrays of the global shape;
+    nothing is sent between processes.
     """
-
-    def place_one(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-    return jax.tree.map(place_one, tree)
+    create = jax.make_array_from_callback
+    return jax.tree.map(lambda x: create(x.shape, sharding, lambda index: x[index]), tree)
 
 
 def split_batch(mesh: Mesh) -> Callable[[Any], Any]:
-    """Returns the function that, inside jit, spreads a batch over the devices."""
+    """Returns a function that, inside jit, splits a batch over the devices."""
     return lambda batch: jax.lax.with_sharding_constraint(batch, split(mesh))
 
 
 def jit_update(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Compiles a function from a state to a new state and metrics; the old state is given up.
-
-    Its memory becomes the new state's, so the caller must not use it afterwards.
-    """
+    """Compiles a function from a state to a new state and metrics; the old state is donated."""
     return jax.jit(function, donate_argnums=0, out_shardings=replicated(mesh))
 
 
 def jit_eval(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Compiles a function that reads its arguments and leaves them as they are."""
+    """Compiles a function whose results every device holds; nothing is donated."""
     return jax.jit(function, out_shardings=replicated(mesh))
 
 
 def check_batch_size(batch_size: int, devices: int) -> None:
-    """Refuses a batch that the devices cannot share equally.
-
-    Raises:
-        InputError: Names the nearest sizes that they can.
-    """
+    """Raises an InputError unless the devices can share a batch equally."""
     if batch_size % devices:
         below = batch_size // devices * devices
         near = f"{below} or {below + devices}" if below else f"{devices}"

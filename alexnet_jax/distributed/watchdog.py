@@ -1,7 +1,6 @@
 """Ends a process whose devices would wait forever for another one, which no exception reaches."""
 
 import contextlib
-import functools
 import logging
 import os
 import secrets
@@ -30,97 +29,89 @@ HEARTBEAT_SECONDS = 30
 # Seconds for the news of a lost process to overtake the errors that it causes.
 _NEWS_SECONDS = 2.0
 _ADDRESS_BYTES = 512
+_CONNECTION_ERRORS = (OSError, EOFError, AuthenticationError, ValueError)
 
-_NOT_ONE_OF_US = (OSError, EOFError, AuthenticationError, ValueError)
 
+@contextmanager
+def lifeline(host: str = "") -> Iterator[None]:
+    """Connects process 0 and the others; when a connection breaks, all processes end.
 
-class Lifeline:
-    """Connections between process 0 and the others; when one breaks, all processes end.
+    At its end each process waits for the others, and may exit from then on. Where processes cannot
+    be connected, JAX's heartbeats remain.
 
-    Where they cannot be made, JAX's heartbeats remain.
+    Args:
+        host: Where the others reach process 0; "" for them to try what it calls itself.
     """
-
-    def __init__(self, host: str = "") -> None:
-        """Connects all processes and starts to watch, in a thread.
-
-        Args:
-            host: Where the others reach process 0; "" for them to try what it calls itself.
-        """
-        self._released = False
-        if jax.process_count() == 1:
-            return
-        listener, content = None, b""
-        if jax.process_index() == 0:
-            token = secrets.token_bytes(16)
-            listener = Listener(("", 0), backlog=jax.process_count(), authkey=token)
-            hosts = [host] if host else _own_hosts()
-            content = " ".join([token.hex(), str(listener.address[1]), *hosts]).encode()
-        padded = np.frombuffer(content.ljust(_ADDRESS_BYTES), np.uint8)
-        told = bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode()
-        secret, port, *hosts = told.split()
-        watch = (
-            functools.partial(self._watch_others, listener, jax.process_count())
-            if listener
-            else functools.partial(self._watch_first, hosts, int(port), bytes.fromhex(secret))
-        )
-        threading.Thread(target=watch, daemon=True).start()
-
-    def release(self) -> None:
-        """Waits until all processes come to this point; from then on each may end."""
-        self._released = True
+    released = threading.Event()
+    with exit_on_error():
+        if jax.process_count() > 1:
+            arguments = (*_exchange_address(host), released)
+            threading.Thread(target=_watch, args=arguments, daemon=True).start()
+    try:
+        with exit_on_error():
+            yield
+    finally:
+        released.set()
         jax.distributed.shutdown()
 
-    def _watch_others(self, listener: Listener, count: int) -> None:
-        others: dict[Any, int] = {}
-        while len(others) < count - 1:
-            with contextlib.suppress(*_NOT_ONE_OF_US):
-                connection = listener.accept()
-                others[connection] = int(connection.recv_bytes())
-        lost = others[wait(others)[0]]  # they never send anything
-        if not self._released:
-            for connection in others:
-                with contextlib.suppress(OSError):
-                    connection.send_bytes(str(lost).encode())
-            _exit_without(lost)
 
-    def _watch_first(self, hosts: list[str], port: int, token: bytes) -> None:
-        for host in hosts:
-            try:
-                connection = Client((host, port), authkey=token)
-                connection.send_bytes(str(jax.process_index()).encode())
-                break
-            except _NOT_ONE_OF_US as error:
-                reason = error
-        else:
-            log.warning(
-                "Process %d cannot connect to process 0 (%s); if another one dies, this will be "
-                "noticed only after %d s.",
-                jax.process_index(),
-                reason,
-                HEARTBEAT_SECONDS,
-            )
-            return
-        try:
-            lost = int(connection.recv_bytes())
-        except (OSError, EOFError):
-            lost = 0
-        if not self._released:
-            _exit_without(lost)
+def _exchange_address(host: str) -> tuple[Listener | None, list[str]]:
+    """Returns what process 0 listens with, and on all processes its key, port and hosts."""
+    text, listener = "", None
+    if jax.process_index() == 0:
+        key = secrets.token_bytes(16)
+        listener = Listener(("", 0), backlog=jax.process_count(), authkey=key)
+        hosts = [host or socket.gethostname()]
+        with contextlib.suppress(OSError):  # a name without an address
+            hosts.append(socket.gethostbyname(hosts[0]))
+        text = " ".join([key.hex(), str(listener.address[1]), *hosts])
+    padded = np.frombuffer(text.encode().ljust(_ADDRESS_BYTES), np.uint8)
+    return listener, bytes(multihost_utils.broadcast_one_to_all(padded)).decode().split()
 
 
-def _own_hosts() -> list[str]:
-    """Returns this host's address and name; either may mean nothing, or itself, to another host."""
-    name = socket.gethostname()
-    with contextlib.suppress(OSError):
-        return [name, socket.gethostbyname(name)]
-    return [name]
-
-
-def _exit_without(process: int) -> NoReturn:
+def _watch(listener: Listener | None, address: list[str], released: threading.Event) -> None:
+    connections = _accept(listener) if listener else _connect(*address)
+    if not connections:
+        return
+    broken: Any = wait(connections)[0]
+    lost = connections[broken]
+    with contextlib.suppress(OSError, EOFError):
+        lost = int(broken.recv_bytes())  # process 0 says which one is gone before it ends, too
+    if released.is_set():
+        return
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.send_bytes(str(lost).encode())
     exit_now(
-        f"error: process {process} of this run is gone, and none can continue without it; rerun "
-        "all of them with the same commands to resume from the last checkpoint."
+        f"error: process {lost} of this run is gone, and none can continue without it; rerun all "
+        "of them with the same commands to resume from the last checkpoint."
     )
+
+
+def _accept(listener: Listener) -> dict[Any, int]:
+    """Returns the connections of process 0, with the index of the process at the other end."""
+    connections: dict[Any, int] = {}
+    while len(connections) < jax.process_count() - 1:
+        with contextlib.suppress(*_CONNECTION_ERRORS):
+            connection = listener.accept()
+            connections[connection] = int(connection.recv_bytes())
+    return connections
+
+
+def _connect(key: str, port: str, *hosts: str) -> dict[Any, int]:
+    for host in hosts:
+        try:
+            connection = Client((host, int(port)), authkey=bytes.fromhex(key))
+            connection.send_bytes(str(jax.process_index()).encode())
+            return {connection: 0}
+        except _CONNECTION_ERRORS as error:
+            reason = error
+    log.warning(
+        "Cannot connect to process 0 (%s); if a process dies, this one notices after %d s.",
+        reason,
+        HEARTBEAT_SECONDS,
+    )
+    return {}
 
 
 @contextmanager

@@ -1,3 +1,6 @@
+import re
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +8,7 @@ import pytest
 
 from alexnet_jax.distributed import sharding
 from alexnet_jax.errors import InputError
+from alexnet_jax.ops import cpu_info
 
 
 def shards(array):
@@ -33,8 +37,20 @@ def test_mesh_has_all_devices_or_those_given():
     assert mesh.axis_names == (sharding.AXIS,)
 
 
-def test_a_mesh_tells_whether_it_is_of_cpus():
-    assert sharding.on_cpu(sharding.make_mesh())
+def test_a_mesh_of_gpus_is_not_on_cpu_and_is_named():
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100")
+    gpus = types.SimpleNamespace(devices=np.array([gpu] * 4), size=4)
+    assert not sharding.on_cpu(gpus)
+    assert sharding.hardware(gpus) == "4 x NVIDIA H100"
+
+
+def test_a_mesh_of_cpus_is_on_cpu_and_is_named():
+    one, all_devices = sharding.make_mesh(jax.devices()[:1]), sharding.make_mesh()
+    assert sharding.on_cpu(one)
+    assert sharding.on_cpu(all_devices)
+    name = rf"\d+ cores? of {re.escape(cpu_info.cpu_name())}"
+    assert re.fullmatch(name, sharding.hardware(one))
+    assert re.fullmatch(rf"8 x cpu on {name}", sharding.hardware(all_devices))
 
 
 def test_replicated_gives_every_device_the_whole():
@@ -75,7 +91,7 @@ def test_split_batch_spreads_every_leaf_inside_jit():
         np.testing.assert_array_equal(held[device], [2 * i, 2 * i + 1])
 
 
-def test_an_update_gives_up_the_old_state_and_a_reading_does_not():
+def test_jit_update_donates_the_state_and_jit_eval_does_not():
     mesh = sharding.make_mesh()
     state = jax.device_put(jnp.arange(8.0), sharding.replicated(mesh))
     batch = jax.device_put(jnp.ones(8), sharding.split(mesh))
