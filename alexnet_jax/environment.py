@@ -2,12 +2,14 @@
 
 import ctypes
 import functools
+import importlib.metadata
 import importlib.util
 import itertools
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 # Of glibc's <malloc.h>.
@@ -116,3 +118,12 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
         names = [name for name in given.split(",") if name]
         return list(itertools.takewhile(lambda name: not name.startswith("-"), names))  # as CUDA
     return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of those packages that are installed."""
+    versions = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

@@ -568,7 +568,7 @@ def _make_report(folder: Path) -> None:
 def _tell_results(results: dict[str, Any], folder: Path) -> None:
     """Tells how good the network is, on what, and where everything lies."""
     names = directory.read_dataset(folder)["class_names"]
-    tested = report.tested_split(results)
+    tested = report.reported_split(results)
     table = report.class_table(np.array(results[tested]["confusion"]), tuple(names))
     which = "Test" if tested.startswith("test") else "Validation"
     log.info("\n%s set, class by class:\n%s\n", which, table)

@@ -86,7 +86,8 @@ def _details(groups: "Groups", names: Sequence[str], pictures: Path, page: Path)
     import numpy as np
 
     from alexnet_jax.experiments import report
-    from alexnet_jax.experiments.report import figures, statistics
+    from alexnet_jax.experiments.report import statistics
+    from alexnet_jax.plots import classes, curves, style
     from alexnet_jax.run import directory, files, writers
 
     for name in names:
@@ -97,20 +98,24 @@ def _details(groups: "Groups", names: Sequence[str], pictures: Path, page: Path)
             )
     lines = []
     for members, name in zip(groups, names, strict=True):
-        split = report.tested_split(members[0].results)
+        split = report.reported_split(members[0].results)
         confusion = np.sum([run.results[split]["confusion"] for run in members], axis=0)
-        classes = tuple(members[0].dataset["class_names"])
+        class_names = tuple(members[0].dataset["class_names"])
         metrics = (writers.read_metrics(run.folder / directory.METRICS) for run in members)
         records = [of_seed for of_run in metrics for of_seed in statistics.by_seed(of_run)]
+        by_metric = {
+            metric: [statistics.epoch_curves(of_seed, metric) for of_seed in records]
+            for metric in ("loss", "accuracy")
+        }
         lines.append(f"### {name}\n")
         for kind, figure in (
-            ("curves", figures.curves(records, name)),
-            ("confusion", figures.confusion(confusion, classes)),
+            ("curves", curves.metric_curves(by_metric, name)),
+            ("confusion", classes.confusion_matrix(confusion, class_names)),
         ):
             path = pictures / f"{name}-{kind}.png"
-            files.write_bytes(path, figures.png(figure))
+            files.write_bytes(path, style.png(figure))
             lines.append(f"![{kind} of {name}]({os.path.relpath(path, page.parent)})")
-        lines.append(f"\n```\n{report.class_table(confusion, classes)}\n```\n")
+        lines.append(f"\n```\n{report.class_table(confusion, class_names)}\n```\n")
     return "\n".join(lines)
 
 

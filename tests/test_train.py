@@ -25,8 +25,9 @@ from alexnet_jax.data.source import Source, load_source
 from alexnet_jax.distributed import sharding
 from alexnet_jax.errors import Diverged, InputError, Interrupted
 from alexnet_jax.evaluation import evaluate_network
-from alexnet_jax.experiments.report import figures, inputs
 from alexnet_jax.inference import predictor
+from alexnet_jax.plots import style
+from alexnet_jax.run import files
 from alexnet_jax.train import train_and_evaluate
 
 pytestmark = [
@@ -146,7 +147,7 @@ def test_the_network_of_a_run_answers_as_it_was_measured(whole_run):
 
 def test_what_a_run_leaves_for_its_report(whole_run, config):
     folder, results = whole_run
-    predictions = inputs.read_arrays(folder / "predictions.npz")
+    predictions = files.read_npz(folder / "predictions.npz")
     _, labels = load_source(config.data, "test").read_all()
     np.testing.assert_array_equal(predictions["label"], labels)
     confusion = np.zeros((10, 10), int)
@@ -154,12 +155,14 @@ def test_what_a_run_leaves_for_its_report(whole_run, config):
     np.testing.assert_array_equal(confusion, results["test_ema"]["confusion"])
     loss = -np.log(predictions["label_probability"]).mean()
     assert loss == pytest.approx(results["test_ema"]["loss"], rel=1e-4)
-    data = inputs.read_arrays(folder / "report.npz")
+    data = files.read_npz(folder / "report.npz")
     assert data["samples"].shape == (4, 12, 8, 8, 3)
     assert data["filters"].shape == (8, 3, 3, 3)
     counted = sum(v[:, 2].sum() for n, v in data.items() if n.startswith("histograms/"))
     assert counted == results["parameters"]
-    for index, picture in zip(data["mistake_index"], data["mistake_pictures"], strict=True):
+    for index, picture in zip(
+        data["misclassified_index"], data["misclassified_images"], strict=True
+    ):
         assert predictions["classes"][index, 0] != labels[index]
         np.testing.assert_array_equal(load_source(config.data, "test").read([index])[0][0], picture)
     environment = json.loads((folder / "environment.json").read_text())
@@ -177,7 +180,7 @@ def test_a_report_that_fails_is_made_by_the_same_command(
     monkeypatch.setattr(train, "load_data", None)
     monkeypatch.setattr(train, "_make_report", MAKE_REPORT)
     with monkeypatch.context() as patch, caplog.at_level("INFO", "alexnet_jax"):
-        patch.setattr(figures, "svg", None)
+        patch.setattr(style, "svg", None)
         assert train_and_evaluate(config, folder) == whole_run[1]
     assert "report could not be made (TypeError" in caplog.text
     assert not (folder / "report.html").exists()
@@ -186,7 +189,7 @@ def test_a_report_that_fails_is_made_by_the_same_command(
     page = (folder / "report.html").read_text()
     assert "could not be made" not in caplog.text
     assert f"{whole_run[1]['test_ema']['accuracy']:.2%}" in page
-    assert "Most confident mistakes" in page
+    assert "Most confident errors" in page
     assert (folder / "results.json").read_bytes() == before
     made = (folder / "report.html").stat().st_mtime_ns
     train_and_evaluate(config, folder)
@@ -474,12 +477,12 @@ def test_a_run_to_choose_by_does_without_the_test_set(config, tmp_path, monkeypa
     info = json.loads((tmp_path / "run" / "dataset.json").read_text())
     assert info["images"] == {"train": 1295, "validation": 142}
     assert info["checksums"].keys() == {"train"}
-    answers = inputs.read_arrays(tmp_path / "run" / "predictions.npz")
+    answers = files.read_npz(tmp_path / "run" / "predictions.npz")
     right = np.mean(answers["classes"][:, 0] == answers["label"])
     assert right == pytest.approx(results["validation_ema"]["accuracy"])
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "The run was not to see the test set." in page
-    assert "of the validation images were taken for another class" in page
+    assert "The test set was not evaluated." in page
+    assert "of the validation images were misclassified" in page
 
 
 # For the command line: the digits as they are, and two convolutions.

@@ -104,7 +104,7 @@ def _write(
     logarithmic: Collection[str],
 ) -> None:
     """Writes the table of all trials, and the figure."""
-    from alexnet_jax.experiments.report import figures
+    from alexnet_jax.plots import style, trials
     from alexnet_jax.run import directory
 
     keys = list(dict.fromkeys(key for row in found for key in row.params))
@@ -116,7 +116,7 @@ def _write(
         writer.writerow([row.name, row.state, row.accuracy, row.epochs, *values, row.why])
     directory.write_whole(workdir / "trials.csv", text.getvalue().encode())
     drawn = [(row.state, row.accuracy, row.params) for row in found]
-    picture = figures.png(figures.search(drawn, matters, logarithmic))
+    picture = style.png(trials.search(drawn, matters, logarithmic))
     directory.write_whole(workdir / "sweep.png", picture)
 
 

@@ -10,7 +10,9 @@ import numpy as np
 from alexnet_jax.distributed.preemption import stop_requests
 from alexnet_jax.errors import EXIT_INTERRUPTED, InputError, shell_code
 from alexnet_jax.experiments import aggregate, launch, report
-from alexnet_jax.experiments.report import figures, statistics
+from alexnet_jax.experiments.report import statistics
+from alexnet_jax.plots import curves as plots
+from alexnet_jax.plots import style
 from alexnet_jax.run import directory, files, writers
 
 log = logging.getLogger(__name__)
@@ -124,8 +126,7 @@ def compare(
     runs = [run for group in groups for run in group]
     split = "validation" if all("validation" in run.results for run in runs) else "test"
     rows = [(name, *curves(group, split)) for name, group in zip(names, groups, strict=True)]
-    picture = figures.png(figures.accuracy_over_time(rows, split))
-    files.write_bytes(workdir / FIGURE, picture)
+    files.write_bytes(workdir / FIGURE, style.png(plots.accuracy_over_time(rows, split)))
     report.write_comparison([run.folder for run in runs], workdir / PAGE)
     return table
 

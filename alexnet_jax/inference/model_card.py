@@ -3,7 +3,7 @@
 from typing import Any
 
 from alexnet_jax.config import default_config, flatten
-from alexnet_jax.experiments.report import inputs
+from alexnet_jax.environment import package_versions
 from alexnet_jax.inference.predictor import Network
 from alexnet_jax.run import directory
 
@@ -77,7 +77,7 @@ def model_card(
         "",
         "## Versions",
         "",
-        f"Exported with {_listed(inputs.versions(_PACKAGES))}.",
+        f"Exported with {_listed(package_versions(_PACKAGES))}.",
         *([f"Trained with {_listed(results['versions'])}."] if "versions" in results else []),
         "",
         "```bash",

@@ -75,6 +75,23 @@ def write_npz(
         save(file, **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
 
 
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Reads all arrays of an npz file; none if the file does not exist.
+
+    Raises:
+        InputError: It exists and is damaged.
+    """
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            return dict(file)
+    except FileNotFoundError:
+        return {}
+    except Exception as error:  # whatever damage makes zipfile and NumPy raise
+        raise InputError(
+            f"{path} is damaged ({error}); restore it from a copy, or delete it."
+        ) from None
+
+
 def remove_unfinished(folder: Path, older_than: float) -> None:
     """Removes what killed processes left half-written in a folder.
 

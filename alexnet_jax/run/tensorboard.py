@@ -5,7 +5,7 @@ reserves GPU memory. In another process none of that reaches the training.
 
 Run by `run.writers.TensorBoard` as ``python -m alexnet_jax.run.tensorboard FOLDER OFFSET``;
 it follows ``metrics.jsonl`` from the byte OFFSET on and ends when its standard input does. When it
-begins, it writes config, network and command; at the end of a run, pictures and histograms.
+begins, it writes config, network and command; at the end of a run, images and histograms.
 """
 
 import json
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from alexnet_jax.run.files import read_npz
 
 SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -66,32 +68,33 @@ def texts(folder: Path) -> dict[str, str]:
     return found
 
 
-def pictures(folder: Path) -> dict[str, np.ndarray]:
-    """Draws what TensorBoard shows as images uint8[H, W, 4], of a run that has been measured."""
-    from alexnet_jax.experiments.report import figures, inputs
+def images(folder: Path) -> dict[str, np.ndarray]:
+    """Draws the images uint8[H, W, 3 or 4] of a run that has been evaluated."""
+    from sklearn.metrics import confusion_matrix
 
-    data = inputs.read_arrays(folder / inputs.REPORT_DATA)
+    from alexnet_jax.plots import classes, images, style
+
+    data = read_npz(folder / "report.npz")
     found = {}
     if "samples" in data:
-        found["augmented"] = figures.enlarged(figures.tiled(data["samples"]))
+        found["augmented"] = images.enlarge(images.tile(data["samples"]))
     if "filters" in data:
-        found["filters"] = figures.enlarged(figures.filter_sheet(data["filters"]))
-    if "mistake_pictures" in data:
-        found["mistakes"] = figures.enlarged(figures.tiled(data["mistake_pictures"][None, :12]))
-    predictions = inputs.read_arrays(folder / inputs.PREDICTIONS)
+        found["filters"] = images.enlarge(images.filter_grid(data["filters"]))
+    if "misclassified_images" in data:
+        grid = images.tile(data["misclassified_images"][None, :12])
+        found["misclassified"] = images.enlarge(grid)
+    predictions = read_npz(folder / "predictions.npz")
     if predictions:
         names = json.loads((folder / "dataset.json").read_text())["class_names"]
-        counts = np.zeros((len(names), len(names)), int)
-        np.add.at(counts, (predictions["label"], predictions["classes"][:, 0]), 1)
-        found["confusion"] = figures.pixels(figures.confusion(counts, names))
+        label, predicted = predictions["label"], predictions["classes"][:, 0]
+        counts = confusion_matrix(label, predicted, labels=range(len(names)))
+        found["confusion"] = style.pixels(classes.confusion_matrix(counts, names))
     return found
 
 
 def histograms(folder: Path) -> dict[str, np.ndarray]:
     """Reads the histograms of the parameters, float64[bins, 3] of (left, right, count), by path."""
-    from alexnet_jax.experiments.report import inputs
-
-    arrays = inputs.read_arrays(folder / inputs.REPORT_DATA)
+    arrays = read_npz(folder / "report.npz")
     prefix = "histograms/"
     return {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)}
 
@@ -130,7 +133,7 @@ def follow(folder: Path, offset: int) -> None:
 def _write_end(folder: Path, writer: Any, step: int) -> None:
     from tensorboard.plugins.histogram import metadata
 
-    writer.write_images(step, pictures(folder))
+    writer.write_images(step, images(folder))
     # They are counted already, so they go past CLU, which would count them.
     found = {f"parameters/{name}": values for name, values in histograms(folder).items()}
     how = {name: metadata.create_summary_metadata(name, description="") for name in found}

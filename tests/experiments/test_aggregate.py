@@ -15,7 +15,8 @@ from alexnet_jax.config import default_config, flatten
 from alexnet_jax.errors import InputError
 from alexnet_jax.experiments import compare, launch
 from alexnet_jax.experiments.aggregate import command, confidence, group, read_run, table
-from alexnet_jax.experiments.report import figures, statistics
+from alexnet_jax.experiments.report import statistics
+from alexnet_jax.plots import curves as plots
 from alexnet_jax.run import writers
 
 ROOT = Path(__file__).parents[2]
@@ -296,7 +297,9 @@ def test_the_curve_of_several_runs_is_their_mean_within_their_range():
             for n, loss in enumerate(losses, 1)
         ]
 
-    axes = figures.curves([records([4.0, 2.0]), records([2.0, 1.0])], "two").axes[0]
+    runs = [records([4.0, 2.0]), records([2.0, 1.0])]
+    losses = [statistics.epoch_curves(run, "loss") for run in runs]
+    axes = plots.metric_curves({"loss": losses}, "two").axes[0]
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [3.0, 1.5])
     corners = axes.collections[0].get_paths()[0].vertices
     assert (corners[:, 1].min(), corners[:, 1].max()) == (1.0, 4.0)
@@ -386,9 +389,9 @@ def test_configs_are_compared_over_seeds_and_time(tmp_path, capsys, monkeypatch)
         assert split == "validation"
         return figure(rows, split)
 
-    figure = figures.accuracy_over_time
+    figure = plots.accuracy_over_time
     monkeypatch.setattr(launch, "train", train)
-    monkeypatch.setattr(figures, "accuracy_over_time", draw)
+    monkeypatch.setattr(plots, "accuracy_over_time", draw)
     configs = [str(ROOT / "configs" / name) for name in ("cifar10.py", "ablation.py:3")]
     flags = ["--seeds=2", f"--workdir={tmp_path}", "--", "--noconfig.eval.test"]
     assert module.main([*configs, *flags]) == 0

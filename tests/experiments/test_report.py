@@ -17,14 +17,15 @@ from alexnet_jax.errors import InputError
 from alexnet_jax.experiments.report import (
     class_table,
     epoch_curves,
-    figures,
     inputs,
-    per_class_accuracy,
     plot_curves,
     statistics,
     write_report,
 )
 from alexnet_jax.experiments.report.page import compact
+from alexnet_jax.plots import curves
+from alexnet_jax.plots import images as plots
+from alexnet_jax.run import files
 
 
 def record(split, epoch, loss, images=None):
@@ -66,20 +67,15 @@ def test_rounding_moves_no_record_into_the_next_epoch():
 
 def test_measured_curves_stand_where_they_were_measured():
     curves = epoch_curves(ALL, "loss")
-    assert list(curves) == ["validation", "validation_ema", "test", "test_ema", "train"]
+    assert list(curves) == ["train", "validation", "validation_ema", "test", "test_ema"]
     assert curves["validation"] == ([1.0, 2.0], [3.0, 2.0])
     assert curves["test"] == ([2.0], [2.2])
     assert epoch_curves([], "loss") == {}
 
 
-def test_per_class_accuracy():
-    found = per_class_accuracy(CONFUSION)
-    np.testing.assert_array_equal(found, [0.75, np.nan, 0.0])
-
-
 def test_class_table_by_hand():
     assert class_table(CONFUSION, NAMES).split("\n") == [
-        "class  accuracy  images  most often taken for",
+        "class  accuracy  images  most often predicted as",
         "cat       75.0%       4  ox (1)",
         "emu           -       0  -",
         "ox         0.0%       2  emu (2)",
@@ -89,7 +85,7 @@ def test_class_table_by_hand():
 def test_class_table_leaves_room_for_long_names_and_large_counts():
     table = class_table(np.diag([12345, 1]), ("a rather long name", "b"))
     assert table.split("\n") == [
-        "class               accuracy  images  most often taken for",
+        "class               accuracy  images  most often predicted as",
         "a rather long name    100.0%  12,345  -",
         "b                     100.0%       1  -",
     ]
@@ -154,9 +150,9 @@ def test_differences_of_configs():
     ]
 
 
-def test_thinned_keeps_the_ends():
-    assert statistics.thinned(np.zeros(1000), 3).tolist() == [0, 500, 999]
-    assert statistics.thinned(np.zeros(2), 3).tolist() == [0, 1]
+def test_evenly_spaced_keeps_the_ends():
+    assert curves.evenly_spaced(1000, 3).tolist() == [0, 500, 999]
+    assert curves.evenly_spaced(2, 3).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("records", [TRAIN[:2], TRAIN, ALL, []], ids=["one", "train", "all", "no"])
@@ -195,10 +191,10 @@ def judged(rng, rows, masked=0):
 def test_answers_are_in_the_order_of_the_test_set_and_mistakes_in_that_of_confidence():
     rng = np.random.default_rng(0)
     batches = [judged(rng, 40), judged(rng, 40, masked=7)]
-    answers = inputs.Predictions()
+    collected = inputs.Predictions()
     for batch, _ in batches:
-        answers.add(batch)
-    predictions, mistakes = answers.arrays(), answers.misclassified()
+        collected.add(batch)
+    predictions, errors = collected.arrays(), collected.misclassified()
     masks = [batch["mask"] for batch, _ in batches]
     for name, values in predictions.items():
         whole = [batch[name][mask] for (batch, _), mask in zip(batches, masks, strict=True)]
@@ -207,17 +203,17 @@ def test_answers_are_in_the_order_of_the_test_set_and_mistakes_in_that_of_confid
     wrong = np.flatnonzero(predictions["classes"][:, 0] != predictions["label"])
     surest = wrong[np.argsort(-predictions["probabilities"][wrong, 0], kind="stable")][:36]
     assert 36 == len(surest) < len(wrong)
-    np.testing.assert_array_equal(mistakes["mistake_index"], surest)
-    np.testing.assert_array_equal(mistakes["mistake_pictures"], images[surest])
+    np.testing.assert_array_equal(errors["misclassified_index"], surest)
+    np.testing.assert_array_equal(errors["misclassified_images"], images[surest])
 
 
 def test_a_network_without_mistakes_has_none():
     batch, _ = judged(np.random.default_rng(0), 8)
     batch["label"] = batch["classes"][:, 0]
-    answers = inputs.Predictions()
-    answers.add(batch)
-    assert list(answers.misclassified()) == ["mistake_index"]
-    assert len(answers.misclassified()["mistake_index"]) == 0
+    collected = inputs.Predictions()
+    collected.add(batch)
+    assert list(collected.misclassified()) == ["misclassified_index"]
+    assert len(collected.misclassified()["misclassified_index"]) == 0
 
 
 def test_samples_histograms_and_filters():
@@ -240,28 +236,30 @@ def test_samples_histograms_and_filters():
 def test_arrays_come_back_or_a_sentence(tmp_path):
     path = tmp_path / "a.npz"
     arrays = {"one/two": np.arange(3), "b": np.zeros((0, 2), np.uint8)}
-    assert inputs.read_arrays(path) == {}
-    inputs.write_arrays(path, arrays)
+    assert files.read_npz(path) == {}
+    files.write_npz(path, arrays)
     before = path.read_bytes()
-    found = inputs.read_arrays(path)
+    found = files.read_npz(path)
     for name, values in arrays.items():
         np.testing.assert_array_equal(found[name], values)
         assert found[name].dtype == values.dtype
-    inputs.write_arrays(path, arrays)
+    files.write_npz(path, arrays)
     assert path.read_bytes() == before
     path.write_bytes(before[:-9])
-    with pytest.raises(InputError, match=r"a\.npz is damaged .*; put back a copy, or remove it"):
-        inputs.read_arrays(path)
+    with pytest.raises(
+        InputError, match=r"a\.npz is damaged .*; restore it from a copy, or delete it"
+    ):
+        files.read_npz(path)
 
 
 def test_sheets():
     pictures = np.arange(2 * 3 * 2 * 2 * 3, dtype=np.uint8).reshape(2, 3, 2, 2, 3)
-    sheet = figures.tiled(pictures)
+    sheet = plots.tile(pictures)
     assert sheet.shape == (5, 8, 4)
     np.testing.assert_array_equal(sheet[3:, 6:, :3], pictures[1, 2])
     assert (sheet[2] == 0).all()
     filters = np.random.default_rng(0).normal(size=(20, 3, 3, 3)).astype(np.float32)
-    sheet = figures.filter_sheet(filters)
+    sheet = plots.filter_grid(filters)
     assert sheet.shape == (7, 63, 4)
     assert sheet[..., :3].min() == 0
     assert sheet[..., :3].max() == 255
@@ -336,7 +334,7 @@ def make_run(
     if seeds > 1:
         results["seeds"] = list(range(seeds))
     (folder / "results.json").write_text(json.dumps(results))
-    inputs.write_arrays(
+    files.write_npz(
         folder / "predictions.npz",
         {
             "label": label,
@@ -346,14 +344,14 @@ def make_run(
         },
     )
     pictures = rng.integers(0, 256, (len(wrong), 8, 8, 3), np.uint8)
-    inputs.write_arrays(
+    files.write_npz(
         folder / "report.npz",
         {
-            "mistake_index": wrong,
+            "misclassified_index": wrong,
             "samples": rng.integers(0, 256, (4, 12, 8, 8, 3), np.uint8),
             "filters": rng.normal(size=(32, 3, 3, 3)).astype(np.float32),
         }
-        | ({"mistake_pictures": pictures} if len(wrong) else {}),
+        | ({"misclassified_images": pictures} if len(wrong) else {}),
     )
     return folder
 
@@ -365,8 +363,8 @@ def whole(tmp_path_factory):
     return folder, write_report(folder).read_text()
 
 
-FIGURES = ["accuracy", "calibration", "confusion", "filters", "learning_rate", "loss", "mistakes"]
-FIGURES += ["samples", "scores", "throughput"]
+FIGURES = ["accuracy", "calibration", "confusion", "filters", "learning_rate", "loss"]
+FIGURES += ["misclassified", "samples", "scores", "throughput"]
 
 
 def test_a_report_has_everything(whole):
@@ -377,8 +375,8 @@ def test_a_report_has_everything(whole):
             assert image.format == "PNG"
             assert image.width >= 480
     for heading in (
-        *("Learning", "Classes", "Calibration", "Most confident mistakes"),
-        *("What the network sees", "Speed", "Network", "Config", "Environment"),
+        *("Training", "Classes", "Calibration", "Most confident errors"),
+        *("Images and filters", "Throughput", "Model", "Config", "Environment"),
     ):
         assert f"<h2>{heading}</h2>" in page
     command = json.loads((folder / "environment.json").read_text())["command"]
@@ -387,7 +385,7 @@ def test_a_report_has_everything(whole):
     assert "<td>a/b</td>" in page  # of the table of the network
     assert "<code>optimizer.nesterov</code>" in page
     assert page.count("<li><figure><img") == len(
-        inputs.read_arrays(folder / "report.npz")["mistake_index"]
+        files.read_npz(folder / "report.npz")["misclassified_index"]
     )
 
 
@@ -498,7 +496,7 @@ def test_runs_are_compared(comparison):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["{tmp}"], "holds no config.json; name the --workdir of a run"),
+        (["{tmp}"], "it has no config.json; name the --workdir of a run"),
         (["{run}", "--output=page.txt"], "--output=page.txt names no page; let it end in .html"),
         (["{run}", "--output={tmp}/no/page.html"], "lies in no folder; make"),
     ],

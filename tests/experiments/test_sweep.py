@@ -15,8 +15,9 @@ from alexnet_jax.cli import sweep as program
 from alexnet_jax.config import default_config
 from alexnet_jax.errors import InputError
 from alexnet_jax.experiments import sweep
-from alexnet_jax.experiments.report import figures
 from alexnet_jax.experiments.search_space import parse_space
+from alexnet_jax.plots import style
+from alexnet_jax.plots import trials as plots
 from alexnet_jax.run import directory
 
 ROOT = Path(__file__).parents[2]
@@ -331,8 +332,8 @@ def test_what_cannot_be_searched_is_told(ranges, choices, message):
 
 def test_the_program_ends_with_a_table_a_figure_and_a_command(folder, capsys, monkeypatch):
     drawn = []
-    draw = figures.search
-    monkeypatch.setattr(figures, "search", lambda *given: drawn.append(given) or draw(*given))
+    draw = plots.search
+    monkeypatch.setattr(plots, "search", lambda *given: drawn.append(given) or draw(*given))
     arguments = [
         *("--config=configs/digits.py", f"--workdir={folder / 'study'}", "--workers=4"),
         *(f"--range={RATE}=1e-3:0.2:log", "--choice=optimizer.schedule=linear,cosine"),
@@ -377,4 +378,4 @@ def test_the_program_answers_mistakes_in_a_sentence(arguments, message, capsys, 
 
 def test_the_figure_of_few_trials_and_of_none_is_drawn():
     for trials in ([], [("fail", None, {})], [("complete", 0.5, {"model.dropout": 0.1})]):
-        assert figures.png(figures.search(trials, {})).startswith(b"\x89PNG")
+        assert style.png(plots.search(trials, {})).startswith(b"\x89PNG")

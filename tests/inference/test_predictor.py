@@ -431,7 +431,7 @@ def test_the_evaluation_program(run, network, tmp_path, capsys):
     assert evaluate.main([str(run), f"--json={file}"]) == 0
     table = capsys.readouterr().out
     assert f"accuracy {100 * right['test_ema']['accuracy']:.2f}%" in table
-    assert "most often taken for" in table
+    assert "most often predicted as" in table
     assert evaluate.main([str(run), "--views=flip"]) == 0
     with_views = capsys.readouterr().out
     assert "views" in with_views

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax.experiments.report import inputs
-from alexnet_jax.run import tensorboard, writers
+from alexnet_jax.run import files, tensorboard, writers
 from alexnet_jax.run.writers import MetricsFile, Progress, RunWriter, TensorBoard, read_metrics
 
 FIGURES = {"loss": 2.0, "accuracy": 0.25}
@@ -180,13 +180,13 @@ def test_tensorboard_itself_shows_a_run(tmp_path):
     inputs.write_environment(folder, "| Name |\n| conv |", "1 x cpu", 1)
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(3, 3, 3, 4)).astype(np.float32)
-    inputs.write_arrays(
+    files.write_npz(
         folder / "report.npz",
-        {"samples": np.zeros((4, 2, 8, 8, 3), np.uint8), "mistake_index": np.zeros(0)}
+        {"samples": np.zeros((4, 2, 8, 8, 3), np.uint8), "misclassified_index": np.zeros(0)}
         | inputs.first_filters({"conv": kernel}, 3)
         | inputs.histograms({"conv": {"kernel": kernel}}),
     )
-    inputs.write_arrays(
+    files.write_npz(
         folder / "predictions.npz", {"label": np.array([0, 1]), "classes": np.array([[0], [0]])}
     )
     fill(folder / "metrics.jsonl", 1, 2)  # by an earlier session, which has its own events

@@ -1,185 +1,225 @@
-"""Puts a report together, from the files of a run folder alone: ``report.html`` and its figures."""
+"""Writes ``report.html`` and its figures from the files of a run folder alone."""
 
+import base64
 import datetime
 import functools
-import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from alexnet_jax.config import default_config, flatten
 from alexnet_jax.distributed.replicas import show_accuracy
 from alexnet_jax.errors import InputError
-from alexnet_jax.experiments.report import figures, inputs, statistics
-from alexnet_jax.run import directory
-from alexnet_jax.run.directory import SPLITS, write_whole
+from alexnet_jax.experiments.report import statistics
+from alexnet_jax.plots import classes, curves, images, style
+from alexnet_jax.run import directory, files
 from alexnet_jax.run.writers import duration, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-log = logging.getLogger(__name__)
-
-NOTHING = "\N{EN DASH}"  # where there is no figure
-_MOST_PAIRS = 10  # of classes that are taken for each other
-_SHOWN_CLASSES = 20  # in a table that is open; all are in one that can be opened
-
-
-class Run(NamedTuple):
-    """What a run folder holds for a report; empty where a file is not there (yet)."""
-
-    folder: Path
-    config: dict[str, Any]
-    dataset: dict[str, Any]
-    records: list[dict[str, Any]]
-    results: dict[str, Any]
-    environment: dict[str, Any]
-    model: str
-    predictions: inputs.Arrays
-    data: inputs.Arrays
-
-    @property
-    def name(self) -> str:
-        """How the run is called among others."""
-        return self.folder.name
-
-    @property
-    def title(self) -> str:
-        """What was trained on what."""
-        return f"{self.config['model.name']} on {self.config['data.name']}"
+NOTHING = "\N{EN DASH}"  # for a value that does not exist
+_MAX_PAIRS = 10  # of classes that are confused
+_MAX_CLASSES = 20  # in the open table; another one, folded, has all
+# Of arrays in the report.npz of earlier versions.
+_OLD_NAMES = {
+    "mistake_index": "misclassified_index",
+    "mistake_pictures": "misclassified_images",
+}
 
 
-def read_run(folder: Path) -> Run:
-    """Reads the files of a run folder.
+class ReportRun:
+    """The files of a run folder; empty where one does not exist (yet).
 
     Raises:
-        InputError: It is none, or a file in it is damaged.
+        InputError: It is not a run folder, or a file in it is damaged.
     """
-    folder = folder.expanduser().absolute()
-    config = directory.read_json(folder / directory.CONFIG)
-    if config is None:
-        raise InputError(
-            f"{folder} is no run folder: it holds no {directory.CONFIG}; name the --workdir of a "
-            "run."
-        )
-    missing = [key for key in ("model.name", "data.name") if key not in config]
-    if missing:
-        raise InputError(
-            f"{folder / directory.CONFIG} is damaged (it lacks {missing[0]}); put back a copy."
-        )
-    model = folder / directory.MODEL
-    return Run(
-        folder,
-        config,
-        directory.read_json(folder / directory.DATASET) or {},
-        read_metrics(folder / directory.METRICS),
-        directory.read_json(folder / directory.RESULTS) or {},
-        directory.read_json(folder / directory.ENVIRONMENT) or {},
-        model.read_text(errors="replace") if model.exists() else "",
-        inputs.read_arrays(folder / directory.PREDICTIONS),
-        inputs.read_arrays(folder / directory.REPORT_DATA),
-    )
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder = folder.expanduser().absolute()
+        self.config: dict[str, Any] = files.read_json(folder / directory.CONFIG)
+        if self.config is None:
+            raise InputError(
+                f"{folder} is not a run folder: it has no {directory.CONFIG}; name the --workdir "
+                "of a run."
+            )
+        for key in ("model.name", "data.name"):
+            if key not in self.config:
+                raise InputError(
+                    f"{folder / directory.CONFIG} is damaged (it lacks {key}); restore it from a "
+                    "copy."
+                )
+        self.dataset = files.read_json(folder / directory.DATASET) or {}
+        self.records = read_metrics(folder / directory.METRICS)
+        self.results = files.read_json(folder / directory.RESULTS) or {}
+        self.split = statistics.reported_split(self.results) if self.results else ""
+        self.environment = files.read_json(folder / directory.ENVIRONMENT) or {}
+        model = folder / directory.MODEL
+        self.model = model.read_text(errors="replace") if model.exists() else ""
+        self.predictions = files.read_npz(folder / directory.PREDICTIONS)
+        arrays = files.read_npz(folder / directory.REPORT_DATA)
+        self.arrays = {_OLD_NAMES.get(name, name): values for name, values in arrays.items()}
+        self.throughput = statistics.step_curve(self.records, "images_per_second")
 
 
 def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draws loss and accuracy over the epochs, side by side, into a PNG file."""
-    write_whole(path, figures.png(figures.curves([records], title)))
+    runs = {metric: [statistics.epoch_curves(records, metric)] for metric in ("loss", "accuracy")}
+    files.write_bytes(path, style.png(curves.metric_curves(runs, title)))
 
 
 def write_report(folder: Path, page: Path | None = None) -> Path:
-    """Makes the report of a run, finished or not: its figures, and then the page.
+    """Writes the report of a run, finished or not.
 
     Args:
         folder: The run folder.
-        page: Where the page goes, by default ``report.html`` in the run folder; elsewhere it goes
-            alone, without the figures as files.
+        page: Where to write the page alone; None writes ``report.html`` and the figures as PNG
+            files into the run folder.
 
     Returns:
-        Where the page lies.
+        Where the page is.
 
     Raises:
-        InputError: It is no run folder, or a file in it is damaged.
+        InputError: It is not a run folder, or a file in it is damaged.
         SaveFailed: A file cannot be written.
     """
-    run = read_run(folder)
-    drawings = _Drawings(None if page else run.folder / directory.FIGURES)
-    content = _render("report.html.jinja", _context(run, drawings))
-    drawings.clear_others()
-    page = page or run.folder / directory.REPORT
-    write_whole(page, content)
+    run = ReportRun(folder)
+    context = _context(run)
+    figures, grids = _draw(run, context), _image_grids(run.arrays)
+    if page is None:
+        pngs = {name: style.png(figure) for name, figure in figures.items()}
+        pngs |= {name: style.image_png(images.enlarge(grid)) for name, grid in grids.items()}
+        for name, content in pngs.items():
+            files.write_bytes(run.folder / directory.FIGURES / f"{name}.png", content)
+        for path in (run.folder / directory.FIGURES).glob("*.png"):
+            if path.stem not in pngs:  # of an earlier report
+                path.unlink(missing_ok=True)
+        page = run.folder / directory.REPORT
+    _write_page(page, "report.html.jinja", figures, grids=grids, **context)
     return page
 
 
 def write_comparison(folders: list[Path], page: Path) -> Path:
-    """Makes a page that compares several runs.
-
-    Args:
-        folders: Run folders.
-        page: Where it goes.
+    """Writes a page that compares several runs.
 
     Raises:
-        InputError: One is no run folder, or a file in it is damaged.
+        InputError: One is not a run folder, or a file in it is damaged.
         SaveFailed: The page cannot be written.
     """
-    runs = [read_run(folder) for folder in folders]
-    # Numbered, as folders of the same name may lie in different places.
-    names = [f"{i}. {run.name}" for i, run in enumerate(runs, start=1)]
-    records = list(zip(names, (run.records for run in runs), strict=True))
-    context = {
-        "title": f"{len(runs)} run{'s' * (len(runs) > 1)} compared",
-        "names": names,
-        "folders": [str(run.folder) for run in runs],
-        "curves": [
-            figures.svg(figures.comparison(records, name), name, f"{name} of each run by epoch")
-            for name in ("loss", "accuracy")
-        ],
-        "rows": _compared(runs),
-        "differences": [
-            (key, [show(value) for value in values])
-            for key, values in statistics.differences([run.config for run in runs])
-        ],
-    }
-    write_whole(page, _render("comparison.html.jinja", context))
+    found = map(ReportRun, folders)
+    # Numbered, as folders in different places may have the same name.
+    runs = {f"{i}. {run.folder.name}": run for i, run in enumerate(found, start=1)}
+    figures = {}
+    for metric in ("loss", "accuracy"):
+        by_run = {name: statistics.epoch_curves(r.records, metric) for name, r in runs.items()}
+        figures[metric] = curves.compare_runs(by_run, metric)
+    differences = statistics.differences([run.config for run in runs.values()])
+    _write_page(page, "comparison.html.jinja", figures, runs=runs, differences=differences)
     return page
 
 
-class _Drawings:
-    """Figures on their way into the page, each left as a PNG file, too, if there is a folder."""
+def _context(run: ReportRun) -> dict[str, Any]:
+    """Computes what the template shows."""
+    names = run.dataset.get("class_names", [])
+    context: dict[str, Any] = {
+        "run": run,
+        "names": names,
+        "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "labels": {split: label for split, (label, *_) in curves.SPLITS.items()},
+        "evaluated": run.split.removesuffix("_ema"),  # "test", or "validation" without a test
+        "options": _options(run.config),
+        "model": _model_table(run.model),
+    }
+    if not (run.results and names):
+        return context
+    confusion = np.array(run.results[run.split]["confusion"])
+    scores = statistics.class_scores(confusion)
+    rows = list(zip(names, *scores, statistics.most_confused(confusion), strict=True))
+    context |= {"confusion": confusion, "scores": scores, "classes": rows}
+    context["worst_classes"] = sorted(rows, key=lambda row: (not row[4], row[3]))[:_MAX_CLASSES]
+    context["pairs"] = statistics.confused_pairs(confusion, _MAX_PAIRS)
+    if not run.predictions:
+        return context
+    label, top, probabilities, label_probability = (
+        run.predictions[name] for name in ("label", "classes", "probabilities", "label_probability")
+    )
+    confidence, correct = probabilities[:, 0], top[:, 0] == label
+    indices = run.arrays.get("misclassified_index", np.zeros(0, int))
+    return context | {
+        "calibration": statistics.calibration(confidence, correct),
+        "mean_confidence": confidence.mean(),
+        "errors": int((~correct).sum()),
+        "k": top.shape[1] if len(names) > top.shape[1] > 1 else None,
+        "top_k_accuracy": (top == label[:, None]).any(axis=1).mean(),
+        "misclassified": [  # index, image, true and predicted class, probabilities of both
+            (i, image, names[label[i]], names[top[i, 0]], label_probability[i], confidence[i])
+            for i, image in zip(indices, run.arrays.get("misclassified_images", ()), strict=True)
+        ],
+    }
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self.written: list[Path] = []
 
-    def clear_others(self) -> None:
-        """Removes what an earlier report had and this one has not, which would only mislead."""
-        if self.folder:
-            for old in set(self.folder.glob("*.png")) - set(self.written):
-                old.unlink(missing_ok=True)
+def _draw(run: ReportRun, context: dict[str, Any]) -> dict[str, "Figure"]:
+    """Draws the figures of a report, as far as there are data for them."""
+    figures = {}
+    if any(record["split"] == "train" for record in run.records):
+        for metric in ("loss", "accuracy"):
+            found = statistics.epoch_curves(run.records, metric)
+            figures[metric] = curves.metric_curves({metric: [found]})
+        rates = statistics.step_curve(run.records, "learning_rate")
+        figures["learning_rate"] = curves.learning_rate(*rates)
+    if len(run.throughput[0]):
+        figures["throughput"] = curves.throughput(*run.throughput)
+    if "confusion" in context:
+        names, scores = context["names"], context["scores"]
+        figures["confusion"] = classes.confusion_matrix(context["confusion"], names)
+        figures["scores"] = classes.class_scores(
+            {"precision": scores.precision, "recall": scores.recall, "F1": scores.f1}, names
+        )
+    if "calibration" in context:
+        figures["calibration"] = classes.reliability_diagram(*context["calibration"][:3])
+    if context.get("misclassified"):
+        captions = [
+            f"{style.short(predicted)} {confidence:.0%}\nis {style.short(true)}"
+            for _, _, true, predicted, _, confidence in context["misclassified"]
+        ]
+        figures["misclassified"] = images.captioned_images(
+            run.arrays["misclassified_images"], captions
+        )
+    return figures
 
-    def figure(self, name: str, figure: "Figure", says: str) -> str:
-        self._write(name, figures.png(figure))
-        return figures.svg(figure, name.replace("_", "-"), says)
 
-    def picture(self, name: str, picture: np.ndarray) -> str:
-        self._write(name, figures.picture_png(figures.enlarged(picture)))
-        return figures.data_uri(figures.picture_png(picture))
+def _image_grids(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    draw = {"samples": images.tile, "filters": images.filter_grid}
+    return {name: draw[name](arrays[name]) for name in draw if name in arrays}
 
-    def png_only(self, name: str, figure: "Figure") -> None:
-        self._write(name, figures.png(figure))
 
-    def _write(self, name: str, content: bytes) -> None:
-        if self.folder is None:
-            return
-        directory.make_folder(self.folder)
-        path = self.folder / f"{name}.png"
-        write_whole(path, content)
-        self.written.append(path)
+def _options(config: dict[str, Any]) -> list[dict[str, str]]:
+    """Lists the options of a config, with the defaults of those that have another value."""
+    try:
+        defaults = dict(flatten(default_config(config["model.name"])))
+    except InputError:  # a model that this version does not have
+        defaults = {}
+    rows = []
+    for key, value in config.items():
+        default = defaults.get(key, value)
+        default = list(default) if isinstance(default, tuple) else default
+        shown = show(default) if default != value else ""
+        rows.append({"key": key, "value": show(value), "default": shown})
+    return rows
+
+
+def _model_table(text: str) -> dict[str, Any]:
+    """Parses the table of parameters that `models.describe` writes."""
+    lines = text.strip().splitlines()
+    table = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    rows = [[cell.strip() for cell in row] for row in table]
+    notes = [line for line in lines if not line.startswith(("|", "+"))]
+    return {"head": rows[0] if rows else [], "rows": rows[1:], "notes": notes}
 
 
 def show(value: Any) -> str:
-    """Writes the value of an option as a person would on a command line."""
+    """Formats the value of an option as on a command line."""
     if value is None:
         return NOTHING
     if isinstance(value, list):
@@ -188,264 +228,42 @@ def show(value: Any) -> str:
 
 
 def percent(share: float) -> str:
-    """Writes a share, "97.5%"; a dash for NaN."""
+    """Formats a share, "97.5%"; a dash for NaN."""
     return NOTHING if np.isnan(share) else f"{share:.1%}"
 
 
 def compact(count: int) -> str:
-    """Writes a count in few letters, "61.1 M"."""
+    """Formats a count with three digits and a unit, "61.1 M"."""
     for power, unit in ((9, "G"), (6, "M"), (3, "k")):
         if count >= 0.9995 * 10**power:  # 999,700 rounds to 1 M, not to 1000 k
             return f"{count / 10**power:.3g} {unit}"
     return str(count)
 
 
-def _context(run: Run, drawings: _Drawings) -> dict[str, Any]:
-    """Draws everything, and gathers what the template shows."""
-    context: dict[str, Any] = {
-        "title": run.title,
-        "run": run.name,
-        "finished": bool(run.results),
-        "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "splits": [
-            (label, run.results[split]["loss"], show_accuracy(run.results[split]))
-            for split, label in SPLITS.items()
-            if split in run.results
-        ],
-        "options": _options(run.config),
-        "environment": run.environment,
-        "model": _model_table(run.model),
-        "dataset": run.dataset,
-        "results": run.results,
-        "judged": _judged(run.results) if run.results else "",
-        "duration": duration,
-        "percent": percent,
-    }
-    if any(record["split"] == "train" for record in run.records):
-        context |= _training(run, drawings)
-    names = run.dataset.get("class_names", [])
-    if run.results and names:
-        context |= _classes(run, names, drawings)
-        if run.predictions:
-            context |= _answers(run, names, drawings)
-    for name in ("samples", "filters"):
-        if name in run.data:
-            picture = (
-                figures.tiled(run.data[name])
-                if name == "samples"
-                else figures.filter_sheet(run.data[name])
-            )
-            context[name] = {
-                "image": drawings.picture(name, picture),
-                "width": picture.shape[1],
-                "height": picture.shape[0],
-                "shape": run.data[name].shape,
-            }
-    context["tiles"] = _tiles(run, context)
-    return context
-
-
-def _training(run: Run, drawings: _Drawings) -> dict[str, Any]:
-    _, pace = statistics.step_curve(run.records, "images_per_second")
-    found: dict[str, Any] = {
-        "curves": [
-            drawings.figure(
-                name, figures.curve(run.records, name), f"{name} of each split by epoch"
-            )
-            for name in ("loss", "accuracy")
-        ],
-        "rate": drawings.figure(
-            "learning_rate", figures.learning_rate(run.records), "Learning rate by epoch"
-        ),
-    }
-    if len(pace):
-        found["pace"] = float(np.median(pace))
-        found["throughput"] = drawings.figure(
-            "throughput", figures.throughput(run.records), "Images per second by epoch"
-        )
-    return found
-
-
-def _classes(run: Run, names: list[str], drawings: _Drawings) -> dict[str, Any]:
-    confusion = np.array(run.results[statistics.tested_split(run.results)]["confusion"])
-    scores = statistics.class_scores(confusion)
-    mistakes = confusion - np.diag(np.diag(confusion))
-    rows = []
-    for i, name in enumerate(names):
-        worst = int(mistakes[i].argmax())
-        rows.append(
-            {
-                "name": name,
-                "precision": scores.precision[i],
-                "recall": scores.recall[i],
-                "f1": scores.f1[i],
-                "images": int(scores.images[i]),
-                "taken": names[worst] if mistakes[i, worst] else "",
-                "times": int(mistakes[i, worst]),
-            }
-        )
-    worst_first = sorted(rows, key=lambda row: (not row["images"], row["f1"]))
-    pairs = statistics.confused_pairs(confusion, _MOST_PAIRS)
-    return {
-        "confusion": drawings.figure(
-            "confusion",
-            figures.confusion(confusion, names),
-            "Confusion matrix: rows are true classes, columns predicted ones; the table of "
-            "classes has its figures",
-        ),
-        "scores": drawings.figure(
-            "scores", figures.scores(scores, names), "Precision, recall and F1 of each class"
-        ),
-        "classes": rows,
-        "worst_classes": worst_first[:_SHOWN_CLASSES] if len(rows) > _SHOWN_CLASSES else [],
-        "macro": scores.macro,
-        "pairs": [(names[p.true], names[p.predicted], p.images, p.share) for p in pairs],
-    }
-
-
-def _answers(run: Run, names: list[str], drawings: _Drawings) -> dict[str, Any]:
-    label, classes, probabilities = (
-        run.predictions[name] for name in ("label", "classes", "probabilities")
-    )
-    calibration = statistics.calibration(probabilities[:, 0], classes[:, 0] == label)
-    found: dict[str, Any] = {
-        "calibration": drawings.figure(
-            "calibration",
-            figures.calibration(calibration),
-            f"Reliability diagram; the expected calibration error is {calibration.ece:.1%}",
-        ),
-        "ece": calibration.ece,
-        "bins": len(calibration.counts),
-        "mean_confidence": float(probabilities[:, 0].mean()),
-        "mistakes": [],
-        "wrong": int((classes[:, 0] != label).sum()),
-    }
-    if len(names) > classes.shape[1] > 1:
-        found["top"] = classes.shape[1]
-        found["top_accuracy"] = float((classes == label[:, None]).any(axis=1).mean())
-    index = run.data.get("mistake_index", np.zeros(0, int))
-    if len(index):
-        pictures = run.data["mistake_pictures"]
-        found["mistakes"] = [
-            {
-                "image": figures.data_uri(figures.picture_png(picture)),
-                "index": int(i),
-                "true": names[label[i]],
-                "predicted": names[classes[i, 0]],
-                "confidence": float(probabilities[i, 0]),
-                "true_confidence": float(run.predictions["label_probability"][i]),
-            }
-            for i, picture in zip(index, pictures, strict=True)
-        ]
-        captions = [
-            f"{figures.short(m['predicted'])} {m['confidence']:.0%}\nis {figures.short(m['true'])}"
-            for m in found["mistakes"]
-        ]
-        drawings.png_only("mistakes", figures.mistakes(pictures, captions))
-    return found
-
-
-def _judged(results: dict[str, Any]) -> str:
-    """Names the images that the report looks at: "test", or "validation" if the run saw no test."""
-    return statistics.tested_split(results).removesuffix("_ema")
-
-
-def _tiles(run: Run, context: dict[str, Any]) -> list[tuple[str, str]]:
-    """The few figures that stand at the top, as (value, what it is)."""
-    results, tiles = run.results, []
-    if results:
-        tested = statistics.tested_split(results)
-        tiles.append((f"{results[tested]['accuracy']:.2%}", f"accuracy, {SPLITS[tested]}"))
-        if "top_accuracy" in context:
-            label = f"top-{context['top']} accuracy, {_judged(results)}"
-            tiles.append((f"{context['top_accuracy']:.2%}", label))
-        validated = tested.replace("test", "validation")
-        if validated in results and validated != tested:
-            accuracy = results[validated]["accuracy"]
-            tiles.append((f"{accuracy:.2%}", f"accuracy, {SPLITS[validated]}"))
-        if "ece" in context:
-            tiles.append((f"{context['ece']:.1%}", "expected calibration error"))
-        tiles.append((compact(results["parameters"]), "parameters"))
-        tiles.append((duration(results["train_seconds"]), "of training"))
-    if "pace" in context:
-        tiles.append((f"{context['pace']:,.0f}", "images per second"))
-    return tiles
-
-
-def _options(config: dict[str, Any]) -> list[dict[str, str]]:
-    """Lists the options of a config, with the defaults of those that have another value."""
-    try:
-        defaults = dict(flatten(default_config(config["model.name"])))
-    except InputError:  # a network that this version does not have
-        defaults = {}
-    rows = []
-    for key, value in config.items():
-        default = defaults.get(key, value)
-        default = list(default) if isinstance(default, tuple) else default
-        changed = default != value
-        rows.append({"key": key, "value": show(value), "default": show(default) if changed else ""})
-    return rows
-
-
-def _model_table(text: str) -> dict[str, Any]:
-    """Takes the table of parameters apart that `models.describe` lays out."""
-    lines = text.strip().splitlines()
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in lines
-        if line.startswith("|")
-    ]
-    notes = [line for line in lines if not line.startswith(("|", "+"))]
-    return {"head": rows[0] if rows else [], "rows": rows[1:], "notes": notes}
-
-
-def _compared(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """What is compared, row by row, with the value of each run."""
-
-    def of_results(text: Callable[[dict[str, Any]], str]) -> list[str]:
-        return [text(run.results) if run.results else "not finished" for run in runs]
-
-    def measured(split: str, text: Callable[[dict[str, Any]], str]) -> list[str]:
-        values = (run.results.get(f"{split}_ema", run.results.get(split)) for run in runs)
-        return [text(value) if value else NOTHING for value in values]
-
-    def accuracy(split: str) -> list[str]:
-        return measured(split, lambda value: f"{value['accuracy']:.2%}")
-
-    return [
-        ("network", [run.config["model.name"] for run in runs]),
-        ("data set", [run.config["data.name"] for run in runs]),
-        ("test accuracy", accuracy("test")),
-        ("validation accuracy", accuracy("validation")),
-        ("test loss (nats)", measured("test", lambda value: f"{value['loss']:.4f}")),
-        ("epochs", of_results(lambda results: f"{results['epochs']:,}")),
-        ("steps", of_results(lambda results: f"{results['step']:,}")),
-        ("parameters", of_results(lambda results: f"{results['parameters']:,}")),
-        ("training time", of_results(lambda results: duration(results["train_seconds"]))),
-        (
-            "images per second (median)",
-            [
-                f"{np.median(pace):,.0f}" if len(pace) else NOTHING
-                for pace in (statistics.step_curve(r.records, "images_per_second")[1] for r in runs)
-            ],
-        ),
-        ("devices", of_results(lambda results: results["devices"])),
-    ]
+def data_uri(image: np.ndarray) -> str:
+    """Returns an image uint8[H, W, 3 or 4] as a URI that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(style.image_png(image)).decode()}"
 
 
 @functools.cache
 def _templates() -> Any:
-    import jinja2  # at the end of a run soon enough
+    import jinja2  # only a page needs it
 
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,  # names of classes come from anywhere
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    for function in (compact, data_uri, duration, np.median, percent, show, show_accuracy):
+        environment.filters[function.__name__] = function
+    return environment
 
 
-def _render(template: str, context: dict[str, Any]) -> bytes:
-    rendered: str = _templates().get_template(template).render(context)
-    return rendered.encode()
+def _write_page(path: Path, template: str, figures: dict[str, "Figure"], **context: Any) -> None:
+    def svg(name: str, label: str) -> str:
+        return style.svg(figures[name], name.replace("_", "-"), label)
+
+    page = _templates().get_template(template).render(figures=figures, svg=svg, **context)
+    files.write_text(path, page)

@@ -1,0 +1,1 @@
+"""Single figures, drawn by Matplotlib from plain arrays, and image grids."""
