@@ -12,7 +12,7 @@ from alexnet_jax.cli import common
 from alexnet_jax.errors import EXIT_CTRL_C, Diverged, InputError, Interrupted, SaveFailed
 
 
-@common.entry_point()
+@common.entry_point
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for, and returns the exit code."""
     # Imports take seconds: here Ctrl-C ends them as it ends the rest.

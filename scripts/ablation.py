@@ -1,9 +1,17 @@
-"""Trains every row of configs/ablation.py, and makes their table; stopped, it goes on where it was.
+"""Train every row of configs/ablation.py, from classic to best, and make their table.
 
-Run `python scripts/ablation.py --help` for what it takes.
+Each row has a run folder of its own, WORKDIR/NN-name. If interrupted, the same command skips
+finished rows and resumes the other one. What follows -- is passed to every run. At the end WORKDIR
+has table.md, comparison.png and comparison.html, as from `alexnet-jax compare`.
+
+The rows are for choosing, so they are compared on validation images, held out of the training
+images, and the test set is not evaluated; --config.eval.test behind -- does, for a last report.
+
+Examples:
+  python scripts/ablation.py --num_seeds=3 -- --config.data.name=cifar10_jpeg
+  python scripts/ablation.py --rows=0,5,12 --workdir=runs/three
 """
 
-import argparse
 import runpy
 import sys
 from collections.abc import Sequence
@@ -13,35 +21,29 @@ from alexnet_jax.cli import common
 from alexnet_jax.errors import InputError
 
 _ROWS = Path(__file__).parents[1] / "configs" / "ablation.py"
-_EPILOG = f"""\
-Each row has a run folder of its own, WORKDIR/NN-name. The same command again skips those that are
-finished and goes on in the one that is not. What follows -- goes to every run. At the end WORKDIR
-holds table.md, comparison.png and comparison.html, as of scripts/compare.py.
-
-The rows are for choosing, so they are told apart on validation images, held out of the training
-images, and the test set stays closed; --config.eval.test behind -- opens it, for a last report.
-
-examples:
-  python scripts/ablation.py --num_seeds=3 -- --config.data.name=cifar10_jpeg
-  python scripts/ablation.py --rows=0,5,12 --workdir=runs/three
-
-Exit codes: 0 all rows are trained, {common.EXIT_CODES},
-or that of the run that ended otherwise, such as 75, interrupted and saved.
-"""
 
 
-@common.entry_point()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program.
-
-    Args:
-        arguments: The command line after the program's name; None takes the process's own.
-
-    Returns:
-        The exit code, as --help lists them.
-    """
+@common.entry_point
+def main(arguments: Sequence[str]) -> int:
+    """Runs the program."""
     own, flags = common.split(arguments)
-    options = _parser().parse_args(own)
+    parser = common.create_parser(
+        "python scripts/ablation.py",
+        __doc__,
+        success="all rows are trained",
+        other=", or that of a run which ended otherwise, such as 75, interrupted and saved",
+        usage="%(prog)s [options] [-- FLAG ...]",
+    )
+    parser.add_argument("--rows", default="", metavar="N,N", help="only these (default: all)")
+    help = "seeds of each row (default: 3)"
+    parser.add_argument("--num_seeds", type=int, default=3, metavar="N", help=help)
+    parser.add_argument(
+        "--workdir",
+        type=common.path,
+        default=Path("runs/ablation"),
+        help="folder of the run folders (default: runs/ablation)",
+    )
+    options = parser.parse_args(own)
     common.check_flags(flags, ("config", "workdir", "config.num_seeds"), "the ablation")
     rows = _rows(options.rows)
     from alexnet_jax.experiments import compare
@@ -70,25 +72,5 @@ def _rows(chosen: str) -> list[tuple[int, str]]:
         ) from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Trains every row of configs/ablation.py, from classic to best.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [options] [-- FLAG ...]",
-    )
-    parser.add_argument("--rows", default="", metavar="N,N", help="only these (default: all)")
-    parser.add_argument(
-        "--num_seeds", type=int, default=3, metavar="R", help="seeds of each (default: 3)"
-    )
-    parser.add_argument(
-        "--workdir",
-        type=common.path,
-        default=Path("runs/ablation"),
-        help="holds the run folders (default: runs/ablation)",
-    )
-    return parser
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,16 +1,13 @@
-"""Trains in several processes on one machine, to try what a cluster would do.
+"""Train in several processes on one machine, to try what a cluster would do.
 
-python scripts/launch_local.py 2 -- --config=configs/digits.py --workdir=runs/digits_2
-
-What follows the -- are the arguments of alexnet_jax.main. On a machine with GPUs each process gets
-its own; elsewhere CPU devices, of which there may be more than cores. Ctrl-C and SIGTERM go to all
+What follows -- are the flags of `alexnet-jax train`. On a machine with GPUs each process gets its
+own; elsewhere CPU devices, of which there may be more than cores. Ctrl-C and SIGTERM go to all
 processes. If one fails, the others get some seconds to end by themselves.
 
-Exit codes: 0 all have finished, 2 bad input, 130 after Ctrl-C before they began, or that of the
-first process to fail, such as 75, interrupted and saved.
+Example:
+  python scripts/launch_local.py 2 -- --config=digits --workdir=runs/digits_2
 """
 
-import argparse
 import contextlib
 import os
 import shlex
@@ -31,18 +28,21 @@ from alexnet_jax.errors import EXIT_INTERRUPTED, InputError, shell_code
 GRACE_SECONDS = 15.0
 
 
-@common.entry_point()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program.
-
-    Args:
-        arguments: The command line after the program's name; None takes the process's own.
-
-    Returns:
-        The exit code, as --help lists them.
-    """
+@common.entry_point
+def main(arguments: Sequence[str]) -> int:
+    """Runs the program."""
     own, flags = common.split(arguments)
-    options = _parser().parse_args(own)
+    parser = common.create_parser(
+        "python scripts/launch_local.py",
+        __doc__,
+        success="all processes have finished",
+        other=", or that of the first process to fail, such as 75, interrupted and saved",
+        usage="%(prog)s [-h] [--devices_per_process K] N -- [FLAG ...]",
+    )
+    parser.add_argument("processes", type=int, metavar="N", help="how many processes")
+    help = "devices of each process (default: 1)"
+    parser.add_argument("--devices_per_process", type=int, default=1, metavar="K", help=help)
+    options = parser.parse_args(own)
     count, devices = options.processes, options.devices_per_process
     if count < 1 or devices < 1:
         raise InputError(
@@ -63,17 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = shlex.join(["python", "scripts/launch_local.py", *own, "--", *flags])
         print(f"To go on with all processes:\n  {again}", file=sys.stderr)
     return code
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [-h] [--devices_per_process K] N -- [argument of alexnet_jax.main ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("processes", type=int, metavar="N", help="how many processes")
-    parser.add_argument("--devices_per_process", type=int, default=1, metavar="K")
-    return parser
 
 
 def free_port() -> int:
@@ -199,4 +188,4 @@ def _repeat(number: int, output: IO[bytes]) -> threading.Thread:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

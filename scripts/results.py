@@ -1,9 +1,15 @@
-"""Makes the table of results from run folders: ``python scripts/results.py runs/a runs/b``.
+"""Make the table of results from the folders of finished runs.
 
-Run `python scripts/results.py --help` for what it takes.
+Runs that differ in nothing but their seeds make one row: mean, standard deviation, and the 95%
+confidence interval of the mean by Student's t. A row is named after the first of its folders,
+without the "-0" or "-seed0" of its seed.
+
+Examples:
+  python scripts/results.py runs/classic runs/best
+  python scripts/results.py runs/best-*/ --into=docs/results.md --pictures=docs/results
+  python scripts/results.py runs/best-*/ --records=records; python scripts/results.py records/*/
 """
 
-import argparse
 import json
 import os
 import sys
@@ -19,31 +25,33 @@ if TYPE_CHECKING:
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
-_EPILOG = f"""\
-Runs that differ in nothing but their seeds make one row: mean, standard deviation, and the 95%
-interval of the mean by Student's t. A row is named after the first of its folders, without the
-"-0" or "-seed0" of its seed.
 
-examples:
-  python scripts/results.py runs/classic runs/best
-  python scripts/results.py runs/best-*/ --into=docs/results.md --pictures=docs/results
-  python scripts/results.py runs/best-*/ --records=records; python scripts/results.py records/*/
-
-Exit codes: 0 done, {common.EXIT_CODES}.
-"""
-
-
-@common.entry_point()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program.
-
-    Args:
-        arguments: The command line after the program's name; None takes the process's own.
-
-    Returns:
-        The exit code, as --help lists them.
-    """
-    options = _parser().parse_args(arguments)
+@common.entry_point
+def main(arguments: Sequence[str]) -> None:
+    """Runs the program."""
+    parser = common.create_parser("python scripts/results.py", __doc__, success="the table is made")
+    parser.add_argument("folders", metavar="RUN", nargs="+", type=common.path, help="a run folder")
+    parser.add_argument(
+        "--into",
+        type=common.path,
+        metavar="FILE",
+        help="also put the table into this file, between its marks",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=common.path,
+        metavar="FOLDER",
+        help="below the table, show curves, confusion matrix and classes of each row; their "
+        "pictures go here",
+    )
+    parser.add_argument(
+        "--records",
+        type=common.path,
+        metavar="FOLDER",
+        help="keep what all this was made from here, some KB of each run, from which this program "
+        "makes it again",
+    )
+    options = parser.parse_args(arguments)
     from alexnet_jax.experiments import aggregate  # imports JAX, as --help does not
 
     runs = [aggregate.read_run(folder) for folder in options.folders]
@@ -58,7 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.records:
         _keep_records(runs, options.records)
     print(text)
-    return 0
 
 
 def _name_of(run: "RunResult") -> str:
@@ -172,35 +179,5 @@ def _keep_records(runs: Sequence["RunResult"], folder: Path) -> None:
         files.write_text(record / directory.METRICS, lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Makes the table of results from the folders of finished runs.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("folders", metavar="RUN", nargs="+", type=common.path, help="a run folder")
-    parser.add_argument(
-        "--into",
-        type=common.path,
-        metavar="FILE",
-        help="also put the table into this file, between its marks",
-    )
-    parser.add_argument(
-        "--pictures",
-        type=common.path,
-        metavar="FOLDER",
-        help="below the table, show curves, confusion matrix and classes of each row; their "
-        "pictures go here",
-    )
-    parser.add_argument(
-        "--records",
-        type=common.path,
-        metavar="FOLDER",
-        help="keep what all this was made from here, some KB of each run, from which this program "
-        "makes it again",
-    )
-    return parser
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,10 +1,13 @@
-"""Tries to lose a run: kills it at random moments, or damages its checkpoints, and counts.
+"""Try to lose a run: kill it at random moments, or damage its checkpoints, and count what held.
 
-Run `python scripts/torture.py --help` for what it can do. Each run is the digits with a small
-network, so that most of the time goes into starting anew.
+Each run is the digits with a small network, so that most of the time goes into starting it.
+
+Examples:
+  python scripts/torture.py                           100 kills, 15 to 30 minutes
+  python scripts/torture.py --damage                  100 damages of each kind, 7 to 9 minutes
+  python scripts/torture.py --kills=5 --json=kills.json
 """
 
-import argparse
 import collections
 import dataclasses
 import json
@@ -24,16 +27,7 @@ from typing import Any, Self
 import numpy as np
 
 from alexnet_jax.cli import common
-
-_EPILOG = f"""\
-examples:
-  python scripts/torture.py                           100 kills, 15 to 30 minutes
-  python scripts/torture.py --damage                  100 damages of each kind, 7 to 9 minutes
-  python scripts/torture.py --kills=5 --json=kills.json
-
-Exit codes: 0 all held, 1 something did not,
-{common.EXIT_CODES}.
-"""
+from alexnet_jax.run import files
 
 _ROOT = Path(__file__).resolve().parents[1]
 _EPOCHS, _STEPS_PER_EPOCH = 6, 10
@@ -482,20 +476,11 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@common.entry_point()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program.
-
-    Args:
-        arguments: The command line after the program's name; None takes the process's own.
-
-    Returns:
-        The exit code, as --help lists them.
-    """
-    parser = argparse.ArgumentParser(
-        description="Tries to lose a run, and counts what held.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@common.entry_point
+def main(arguments: Sequence[str]) -> int:
+    """Runs the program."""
+    parser = common.create_parser(
+        "python scripts/torture.py", __doc__, success="all held, 1 something did not"
     )
     parser.add_argument("--kills", type=int, default=100, metavar="N", help="how many (100)")
     parser.add_argument(
@@ -517,11 +502,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = torture_by_kills(options.kills, rng, Path(folder))
     print(_table(result))
     if options.json:
-        from alexnet_jax.run.directory import write_json  # imports JAX, as --help does not
-
-        write_json(options.json, result)
+        files.write_json(options.json, result)
     return 1 if result["failures"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

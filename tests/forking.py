@@ -40,7 +40,7 @@ def answering(folder, config_files, check):
         [sys.executable, "-c", f"import forking; forking.serve({check!r})"],
         cwd=folder,
         env={
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{folder}",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/cli'}:{folder}",
             "JAX_PLATFORMS": "cpu",
             "PYTHONDONTWRITEBYTECODE": "1",
         },

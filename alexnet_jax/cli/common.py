@@ -1,6 +1,6 @@
-"""What all programs have in common: how they end, and flags that they hand on to training runs.
+"""What the commands share: their parser, how they end, and flags that they pass on to runs.
 
-Nothing here imports JAX, so that --help is quick.
+Imports no JAX, so that --help is quick.
 """
 
 import argparse
@@ -10,9 +10,10 @@ import gc
 import os
 import select
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ParamSpec, TextIO
+from typing import NoReturn, ParamSpec, TextIO
 
 from alexnet_jax.errors import (
     EXIT_BAD_INPUT,
@@ -24,145 +25,167 @@ from alexnet_jax.errors import (
     show,
 )
 
-# For --help: those that every program has.
-EXIT_CODES = (
-    f"{EXIT_BAD_INPUT} bad input, {EXIT_NOT_SAVED} a file cannot be written, "
-    f"{EXIT_CTRL_C} after Ctrl-C"
-)
-
 # Imports and tracing make objects by the hundred thousand, nearly all to stay. With Python's own
 # threshold of 700 the search for garbage among them took 6% of the start of a training run, 0.4 s.
 _GARBAGE_THRESHOLD = 10_000
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 P = ParamSpec("P")
 
 
-def entry_point(
-    *, interrupted: str = "Interrupted."
-) -> Callable[[Callable[P, int | None]], Callable[P, int]]:
-    """Decorates the main function of a program, so that it ends as all of them do.
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; `{self.prog} --help` lists the arguments.")
 
-    An error that is meant for a person becomes ``error: sentence`` on standard error and its exit
-    code; so does a full disk. Ctrl-C becomes a word and `EXIT_CTRL_C`. Where nobody reads on, as
-    behind ``| head``, the program ends quietly. Anything else is a mistake of its own, and keeps
-    its traceback.
+
+def create_parser(
+    program: str, doc: str | None, *, success: str, other: str = "", usage: str | None = None
+) -> argparse.ArgumentParser:
+    """Creates the parser of a command, whose --help shows the docstring of its module.
 
     Args:
-        interrupted: What to say after Ctrl-C.
+        program: For example "alexnet-jax report".
+        doc: The first line describes the command; the others follow the list of its arguments.
+        success: What exit code 0 means.
+        other: Exit codes that not every command has.
+        usage: Only where argparse cannot write it.
 
     Returns:
-        A decorator; what it returns has the arguments of the function, and returns the exit code.
-        The function may return None for 0.
+        The parser, which raises an InputError where argparse prints the usage and exits.
     """
-
-    def decorate(main: Callable[P, int | None]) -> Callable[P, int]:
-        @functools.wraps(main)
-        def program(*args: P.args, **kwargs: P.kwargs) -> int:
-            code = 0
-            gc.set_threshold(_GARBAGE_THRESHOLD)
-            try:
-                try:
-                    code = main(*args, **kwargs) or 0
-                except (InputError, Diverged, SaveFailed) as error:
-                    code = error.exit_code
-                    print(f"error: {error}", file=sys.stderr)
-                except KeyboardInterrupt:
-                    code = EXIT_CTRL_C
-                    print(interrupted, file=sys.stderr)
-                except SystemExit:  # argparse has answered
-                    print(end="", flush=True)
-                    raise
-                print(end="", flush=True)  # at the end of the process it is too late to notice
-            except OSError as error:
-                return _could_not_write(error) or code
-            return code
-
-        return program
-
-    return decorate
+    description, _, notes = (doc or "").strip().partition("\n\n")
+    codes = (
+        f"Exit codes: 0 {success}, {EXIT_BAD_INPUT} bad input, {EXIT_NOT_SAVED} a file cannot be "
+        f"written, {EXIT_CTRL_C} after Ctrl-C{other}."
+    )
+    return _Parser(
+        prog=program,
+        usage=usage,
+        description=description,
+        epilog="\n\n".join([*filter(None, [notes]), textwrap.fill(codes, 100)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
-def _could_not_write(error: OSError) -> int:
-    """Returns the exit code for an error of a full disk, or of a pipe that nobody reads any more.
+def path(text: str) -> Path:
+    """Converts an argument to a path, for argparse's `type`; a shell leaves --workdir=~/a as it is.
 
     Raises:
-        OSError: The error, if it is another one, such as of a pipe to a process of the program's.
+        argparse.ArgumentTypeError: It begins with ``~`` and the name of no user.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{show(text)} is in the home of no user") from None
+
+
+def positive(text: str) -> int:
+    """Converts an argument to an int of at least 1, for argparse's `type`.
+
+    Raises:
+        ValueError: It is not an int.
+        argparse.ArgumentTypeError: It is less than 1.
+    """
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
+    """Decorates the main function of a command, so that all commands end alike.
+
+    An InputError and its like are printed as ``error: message`` and set the exit code; so does a
+    full disk. Ctrl-C is `EXIT_CTRL_C`. Where nobody reads the output any more, as behind
+    ``| head``, the command ends quietly. Any other exception is a bug and keeps its traceback.
+
+    Returns:
+        A function that returns the exit code; the decorated one may return None for 0.
+    """
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        code = 0
+        gc.set_threshold(_GARBAGE_THRESHOLD)
+        try:
+            try:
+                code = main(*args, **kwargs) or 0
+            except (InputError, Diverged, SaveFailed) as error:
+                code = error.exit_code
+                print(f"error: {error}", file=sys.stderr)
+            except KeyboardInterrupt:
+                code = EXIT_CTRL_C
+                print("Interrupted.", file=sys.stderr)
+            except SystemExit:  # argparse has printed its help
+                print(end="", flush=True)
+                raise
+            print(end="", flush=True)  # at the end of the process it is too late to notice
+        except OSError as error:
+            return _write_failed(error) or code
+        return code
+
+    return run
+
+
+def _write_failed(error: OSError) -> int:
+    """Returns the exit code for a full disk, or for an output that nobody reads.
+
+    Raises:
+        OSError: The error, if it is another one, such as of a pipe to a child process.
     """
     code, streams = 0, (sys.stdout, sys.stderr)
-    if error.errno in _NO_ROOM:
+    if error.errno in _DISK_FULL:
         code = EXIT_NOT_SAVED
         where = error.filename or "the output"
         print(f"error: {where} could not be written ({error.strerror}).", file=sys.stderr)
-    elif not (isinstance(error, BrokenPipeError) and any(map(_nobody_reads, streams))):
+    elif not (isinstance(error, BrokenPipeError) and any(map(_is_closed, streams))):
         raise error
     for stream in streams:
         try:
             stream.flush()
-        except OSError:  # what is left would be tried again at the end of the process
+        except OSError:  # at its end the process would try again
             silence(stream)
     return code
 
 
 def silence(stream: TextIO) -> None:
-    """Lets what is written to a stream, which cannot be written any more, go nowhere."""
+    """Discards what is written to a stream from now on."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
-def _nobody_reads(stream: TextIO) -> bool:
+def _is_closed(stream: TextIO) -> bool:
+    """Whether the stream is a pipe that nobody reads."""
     poll = select.poll()
     try:
-        poll.register(stream, 0)  # an error is told of, whether or not it is asked for
-    except OSError:  # it is no file
+        poll.register(stream, 0)  # errors are reported without being asked for
+    except OSError:  # it is not a file
         return False
     return bool(poll.poll(0))
 
 
-def split(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Splits a command line at its first ``--``.
-
-    argparse cannot do it: it takes a list of open length only once, and not on both sides of
-    options.
-
-    Args:
-        arguments: After the program's name; None takes the process's own.
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits a command line at its first ``--``, which argparse cannot do after an open list.
 
     Returns:
-        What is the program's own, for its parser, and the flags of `alexnet_jax.main` that go to
-        every run which it starts.
+        The arguments of the command, and the flags that it passes on to the runs it starts.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(arguments)
     end = given.index("--") if "--" in given else len(given)
     return given[:end], given[end + 1 :]
 
 
-def path(text: str) -> Path:
-    """Makes a path of an argument; for argparse's `type`.
-
-    A shell leaves the ``~`` of ``--workdir=~/runs`` as it is.
-
-    Raises:
-        argparse.ArgumentTypeError: It begins with ``~`` and the name of nobody.
-    """
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{show(text)} is in the home of nobody") from None
-
-
 def check_flags(flags: Sequence[str], taken: Sequence[str], who: str) -> None:
-    """Refuses flags that a program sets itself in the runs which it starts.
+    """Rejects flags that a command sets itself in the runs that it starts.
 
     Args:
-        flags: Of `split`.
-        taken: The names of those that the program sets, such as "workdir" or "config.seed".
-        who: Sets them, for the sentence.
+        flags: The second result of `split`.
+        taken: Names of flags that the command sets, such as "workdir" or "config.seed".
+        who: The command, for the message.
 
     Raises:
-        InputError: One of the flags is taken, in any of the forms that absl knows.
+        InputError: One of the flags is taken, in any form that absl accepts.
     """
     for flag in flags:
         given = flag.split("=", 1)[0]

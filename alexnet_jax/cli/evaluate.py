@@ -1,10 +1,14 @@
-"""Measures the network of a run on a split: ``python scripts/evaluate.py runs/digits``.
+"""Evaluate the network of a run on a split: loss, accuracy, and accuracy per class.
 
-Run `python scripts/evaluate.py --help` for what it takes.
+SPLIT is test, validation (which the run held out of train) or train, as in the run; anything else
+is a split of TFDS, such as "test[:50%]".
+
+Examples:
+  alexnet-jax evaluate runs/digits
+  alexnet-jax evaluate runs/digits --checkpoint=best --split=validation --json=best.json
+  alexnet-jax evaluate runs/cifar10 --data.name=cifar10_jpeg --json=- | jq .results
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,33 +20,31 @@ if TYPE_CHECKING:
     from alexnet_jax.evaluation import Evaluation
     from alexnet_jax.inference.predictor import Network
 
-_EPILOG = f"""\
-SPLIT is test, validation (what the run held out of train) or train, as the run has them; anything
-else is a split in the language of TFDS, such as "test[:50%]".
-
-examples:
-  python scripts/evaluate.py runs/digits
-  python scripts/evaluate.py runs/digits --checkpoint=best --split=validation --json=best.json
-  python scripts/evaluate.py runs/cifar10 --data.name=cifar10_jpeg --json=- | jq .results
-
-Exit codes: 0 measured, {common.EXIT_CODES}.
-"""
-_MOST_CLASSES = 20  # Of a confusion matrix that a terminal has room for.
+_MAX_CLASSES = 20  # of a confusion matrix that fits in a terminal
 
 
-@common.entry_point()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program.
-
-    Args:
-        arguments: The command line after the program's name; None takes the process's own.
-
-    Returns:
-        The exit code, as --help lists them.
-    """
-    options = _parser().parse_args(arguments)
+@common.entry_point
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command."""
+    parser = common.create_parser(
+        "alexnet-jax evaluate", __doc__, success="the network is evaluated"
+    )
+    add_run(parser)
+    parser.add_argument("--split", default="test", help="default: test")
+    parser.add_argument("--data.name", metavar="NAME", help="another data set, of the same classes")
+    parser.add_argument(
+        "--data.data_dir", metavar="DIR", help="folder of all data sets (default: that of the run)"
+    )
+    parser.add_argument(
+        "--tta",
+        metavar="NAME",
+        help="test-time augmentation: none, flip, flip_translate or ten_crop (default: as the run)",
+    )
+    help = "write all numbers to FILE; - prints them"
+    parser.add_argument("--json", type=common.path, metavar="FILE", help=help)
+    options = parser.parse_args(arguments)
     from alexnet_jax.evaluation import evaluate_network  # imports JAX, as --help does not
-    from alexnet_jax.run.directory import format_json, write_json
+    from alexnet_jax.run import files
 
     network = open_network(options)
     data = network.config.data.copy_and_resolve_references()
@@ -50,51 +52,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = getattr(options, f"data.{key}")
         if given is not None:
             data[key] = given
-    evaluation = evaluate_network(network, options.split, data, options.views)
-    report = _report(network, evaluation)
+    evaluation = evaluate_network(network, options.split, data, options.tta)
+    numbers = _numbers(network, evaluation)
     if options.json == Path("-"):
-        print(format_json(report))
-        return 0
+        print(files.format_json(numbers))
+        return
     print(_describe(network, evaluation))
     if options.json:
-        write_json(options.json, report)
+        files.write_json(options.json, numbers)
         print(f"Written to {options.json}.")
     else:
-        print(f"Next: python scripts/predict.py {options.run} IMAGE...")
-    return 0
+        print(f"Next: alexnet-jax predict {options.run} IMAGE...")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Measures the network of a run: loss, accuracy, and class by class.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_run(parser)
-    parser.add_argument("--split", default="test", help="which images (default: test)")
-    parser.add_argument(
-        "--data.name", metavar="NAME", help="another prepared data set, of the same classes"
-    )
-    parser.add_argument(
-        "--data.data_dir", metavar="DIR", help="where data sets lie (default: as the run had it)"
-    )
-    parser.add_argument(
-        "--views",
-        metavar="NAME",
-        help="of each image, whose answers are averaged: flip, flip_translate, ten_crop, or none "
-        "(default: as the run had it)",
-    )
-    parser.add_argument(
-        "--json",
-        type=common.path,
-        metavar="FILE",
-        help="write all figures there; - prints them",
-    )
-    return parser
-
-
-def _report(network: "Network", evaluation: "Evaluation") -> dict[str, Any]:
-    """Returns what JSON is to hold; each result as ``results.json`` has it."""
+def _numbers(network: "Network", evaluation: "Evaluation") -> dict[str, Any]:
+    """Returns what --json writes; each result as in ``results.json``."""
     results = {
         name: {key: float(result[key]) for key in ("loss", "accuracy")}
         | {"confusion": result["confusion"].tolist()}
@@ -112,10 +84,7 @@ def _report(network: "Network", evaluation: "Evaluation") -> dict[str, Any]:
 
 
 def _describe(network: "Network", evaluation: "Evaluation") -> str:
-    """Writes the figures for a person; class by class as the report has them.
-
-    That is, of plain images, and of the averaged weights, if these are kept.
-    """
+    """Formats all results, and the classes of the last one without test-time augmentation."""
     from alexnet_jax.experiments.report import class_table
 
     lines = [
@@ -124,31 +93,27 @@ def _describe(network: "Network", evaluation: "Evaluation") -> str:
         "",
     ]
     for name, result in evaluation.results.items():
-        weights = "averaged weights" if name.endswith("_ema") else "weights"
-        weights += ", views" if "_tta" in name else ""
-        lines.append(
-            f"{weights:<23}  loss {result['loss']:.4f}  accuracy {100 * result['accuracy']:.2f}%"
-        )
-    *_, (name, judged) = (each for each in evaluation.results.items() if "_tta" not in each[0])
-    of = ", of the averaged weights" if name.endswith("_ema") else ""
-    lines += ["", f"Class by class{of}:", class_table(judged["confusion"], network.class_names)]
-    if len(network.class_names) <= _MOST_CLASSES:
-        lines += ["", f"Confusion{of} (rows are true classes):"]
-        lines += _confusion_lines(judged["confusion"].tolist(), network.class_names)
+        what = "averaged weights" if name.endswith("_ema") else "weights"
+        what += ", TTA" if "_tta" in name else ""
+        accuracy = f"{100 * result['accuracy']:.2f}%"
+        lines.append(f"{what:<23}  loss {result['loss']:.4f}  accuracy {accuracy}")
+        if "_tta" not in name:
+            of = ", averaged weights" if name.endswith("_ema") else ""
+            confusion = result["confusion"]
+    names = network.class_names
+    lines += ["", f"Class by class{of}:", class_table(confusion, names)]
+    if len(names) <= _MAX_CLASSES:
+        lines += ["", f"Confusion matrix{of} (rows are true classes):"]
+        lines += _matrix(confusion.tolist(), names)
     return "\n".join([*lines, ""])
 
 
-def _confusion_lines(counts: list[list[int]], names: tuple[str, ...]) -> list[str]:
-    name_width = max(map(len, names))
-    columns = [name[:6] for name in names]
-    width = max(len(f"{n:,}") for n in [*map(max, counts)])
-    width = max(width, *map(len, columns))
-    lines = [" " * name_width + "".join(f"  {column:>{width}}" for column in columns)]
-    for name, row in zip(names, counts, strict=True):
-        cells = (f"{count:,}" if count else "." for count in row)
-        lines.append(f"{name:<{name_width}}" + "".join(f"  {cell:>{width}}" for cell in cells))
-    return lines
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _matrix(counts: list[list[int]], names: tuple[str, ...]) -> list[str]:
+    heads = [name[:6] for name in names]
+    rows = [[f"{count:,}" if count else "." for count in row] for row in counts]
+    width = max(len(cell) for row in [heads, *rows] for cell in row)
+    first = max(map(len, names))
+    return [
+        f"{name:<{first}}" + "".join(f"  {cell:>{width}}" for cell in row)
+        for name, row in zip(("", *names), [heads, *rows], strict=True)
+    ]

@@ -1,59 +1,52 @@
-"""Exports the network of a run: ``python scripts/export.py runs/digits --format=onnx``.
+"""Export the network of a run for other runtimes, and compare its predictions there.
 
-Run `python scripts/export.py --help` for what it takes.
-"""
-
-import argparse
-import functools
-import shlex
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-from alexnet_jax.cli import common
-from alexnet_jax.cli.network_arguments import add_not_averaged, add_run, open_network
-from alexnet_jax.errors import InputError
-
-_EPILOG = f"""\
 FORMAT is one of
   stablehlo   network.stablehlo, for jax.export.deserialize (CPU, CUDA, ROCm, TPU)
   onnx        network.onnx, for ONNX Runtime and others
   savedmodel  saved_model/, for TensorFlow
   tflite      network.tflite, for LiteRT
 
-Each takes uint8[batch, S, S, 3] and gives float32[batch, classes], probabilities. It is run in its
-own runtime and compared with the network before it stays. class_names.json and MODEL_CARD.md lie
-beside it. onnx and tflite need:
-  pip install --constraint constraints.txt --editable ".[export]"
-
-Exit codes: 0 exported, {common.EXIT_CODES}; 2 also
-for an artefact that does not agree.
+Each maps uint8[batch, S, S, 3] to probabilities, float32[batch, classes]. It is run in its own
+runtime, and kept only if it agrees with the network; class_names.json and MODEL_CARD.md are written
+beside it. onnx and tflite need: pip install "alexnet_jax[export]"
 """
 
+import functools
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 
-@common.entry_point(interrupted="Interrupted; nothing half-made is left behind.")
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program.
+from alexnet_jax.cli import common
+from alexnet_jax.cli.network_arguments import add_no_ema, add_run, open_network
 
-    Args:
-        arguments: The command line after the program's name; None takes the process's own.
 
-    Returns:
-        The exit code, as --help lists them.
-    """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(given)
-    from alexnet_jax.inference import export  # imports JAX, which --help does without
+@common.entry_point
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command."""
+    formats = ("stablehlo", "onnx", "savedmodel", "tflite")
+    parser = common.create_parser("alexnet-jax export", __doc__, success="the network is exported")
+    add_run(parser)
+    add_no_ema(parser)
+    parser.add_argument("--format", required=True, choices=formats, help="see below")
+    parser.add_argument(
+        "--output",
+        type=common.path,
+        metavar="FOLDER",
+        help="a new folder (default: RUN/export/FORMAT)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    options = parser.parse_args(arguments)
+    from alexnet_jax.inference import export  # imports JAX, as --help does not
     from alexnet_jax.inference.model_card import model_card
 
-    command = shlex.join(["python", "scripts/export.py", *given])
-    kind = export.FORMATS.get(options.format)
-    if kind is None:
-        known = ", ".join(export.FORMATS)
-        raise InputError(f"--format={options.format} is unknown; choose one of {known}.")
+    kind = export.FORMATS[options.format]
     network = open_network(options)
     card = functools.partial(
-        model_card, network, artefact=kind.artefact, runtime=kind.runtime, command=command
+        model_card,
+        network,
+        artefact=kind.artefact,
+        runtime=kind.runtime,
+        command=shlex.join(["alexnet-jax", "export", *arguments]),
     )
     exported = export.export(
         network,
@@ -67,30 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{exported.artefact}\n"
         f"  the {weights} of step {network.step:,}; {kind.runtime} gives the network's "
         f"probabilities to within {exported.difference:.1g}\n"
-        f"  beside it: class_names.json, MODEL_CARD.md\n"
-        "Next: docs/inference.md says how to run it without this library."
+        "  beside it: class_names.json, MODEL_CARD.md\n"
+        "Next: MODEL_CARD.md says what it takes and what it returns."
     )
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Exports the network of a run for other runtimes, and compares them with it.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_run(parser)
-    parser.add_argument("--format", required=True, help="stablehlo, onnx, savedmodel or tflite")
-    parser.add_argument(
-        "--output",
-        type=common.path,
-        metavar="FOLDER",
-        help="a new folder (default: RUN/export/FORMAT)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    add_not_averaged(parser)
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,75 +1,42 @@
-"""Writes the network of a run folder as a state dict of torchvision's AlexNet.
+"""Write the network of a run as a state dict of torchvision's AlexNet.
 
-Run `python scripts/export_torchvision.py --help` for what it takes.
+RUN must be of a network that torchvision has: config.model.name "alexnet_owt" with its default
+kernels, strides and paddings; widths and classes may differ. What was imported is exported bit for
+bit. Only a .pth is written by PyTorch, which the extra "peers" installs.
+
+Examples:
+  alexnet-jax export-torchvision runs/imagenet alexnet.pth
+  alexnet-jax export-torchvision runs/imagenet alexnet.safetensors --checkpoint=best
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 
 from alexnet_jax.cli import common
-from alexnet_jax.cli.network_arguments import add_not_averaged, add_run, open_network
-
-_EPILOG = f"""\
-RUN must be of a network that torchvision has, which is config.model.name "alexnet_owt" with its own
-kernels, strides and paddings; widths and classes may be others. What was imported comes out again
-bit for bit. A .pth is written by PyTorch, which the extra "peers" installs; a .safetensors is not.
-
-examples:
-  python scripts/export_torchvision.py runs/imagenet alexnet.pth
-  python scripts/export_torchvision.py runs/imagenet alexnet.safetensors --checkpoint=best
-
-Exit codes: 0 written, {common.EXIT_CODES}.
-"""
+from alexnet_jax.cli.network_arguments import add_no_ema, add_run, open_network
 
 
-@common.entry_point()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program.
-
-    Args:
-        arguments: The command line after the program's name; None takes the process's own.
-
-    Returns:
-        The exit code, as --help lists them.
-    """
-    options = _parser().parse_args(arguments)
+@common.entry_point
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command."""
+    parser = common.create_parser(
+        "alexnet-jax export-torchvision", __doc__, success="the file is written"
+    )
+    add_run(parser)
+    add_no_ema(parser)
+    help = "the file to write: .safetensors, else PyTorch's"
+    parser.add_argument("out", metavar="OUT", type=common.path, help=help)
+    options = parser.parse_args(arguments)
     from alexnet_jax.inference import torchvision  # imports JAX, as --help does not
 
     network = open_network(options)
     state_dict = torchvision.to_torchvision(network.answering.params)
     torchvision.check_model(network.config.model)
     torchvision.write_state_dict(state_dict, options.out)
-    classes = len(network.class_names)
+    mean, std = (
+        ", ".join(f"{value:.4g}" for value in network.info[key]) for key in ("mean", "deviation")
+    )
     print(
         f"{options.out} holds the weights of {options.run} at step {network.step:,}: a state dict "
-        f"for torchvision.models.alexnet(num_classes={classes}), whose input has the mean "
-        f"{_listed(network.info['mean'])} and the deviation {_listed(network.info['deviation'])} "
-        "taken off and divided by, on the scale 0 to 1."
+        f"for torchvision.models.alexnet(num_classes={len(network.class_names)}). Normalize its "
+        f"input, on the scale 0 to 1, with mean ({mean}) and standard deviation ({std})."
     )
-    return 0
-
-
-def _listed(values: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Writes the network of a run folder as a state dict of torchvision's AlexNet.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_run(parser)
-    add_not_averaged(parser)
-    parser.add_argument(
-        "out",
-        metavar="OUT",
-        type=common.path,
-        help="the file to write: .safetensors, else PyTorch's",
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,7 +23,7 @@ COMMANDS = (
 )
 
 
-@common.entry_point()
+@common.entry_point
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 

@@ -1,4 +1,4 @@
-"""What programs take alike to say which trained network they are about."""
+"""The arguments that name a trained network, and the network that they name."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -17,33 +17,29 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         metavar="WHICH",
         help="newest (default), best (on the validation images), or a step",
     )
-    parser.add_argument(
-        "--seed", type=int, metavar="SEED", help="whose network, of a run of many (default: first)"
-    )
+    help = "of a run of several seeds, the one whose network it is (default: the first)"
+    parser.add_argument("--seed", type=int, help=help)
 
 
-def add_not_averaged(parser: argparse.ArgumentParser) -> None:
-    """Adds --not_averaged."""
-    parser.add_argument(
-        "--not_averaged",
-        action="store_true",
-        help="the weights of the last step, also where the run keeps averaged ones",
-    )
+def add_no_ema(parser: argparse.ArgumentParser) -> None:
+    """Adds --no_ema."""
+    help = "use the weights of the last step, even if the run keeps an average (EMA) of them"
+    parser.add_argument("--no_ema", action="store_true", help=help)
 
 
 def open_network(options: argparse.Namespace) -> "Network":
-    """Opens the network that the options name; for programs, which it sets up first.
+    """Opens the network that the arguments name, after preparing the process for JAX.
 
     Raises:
-        InputError: As `alexnet_jax.load`.
+        InputError: As from `alexnet_jax.load`.
     """
-    from alexnet_jax import environment  # import JAX, which --help does without
+    from alexnet_jax import environment  # import JAX, as --help does not
     from alexnet_jax.checkpoint import manager
     from alexnet_jax.inference import predictor
 
     environment.prepare()
     manager.quieten_orbax()
-    averaged = not getattr(options, "not_averaged", False)
+    averaged = not getattr(options, "no_ema", False)
     return predictor.load(
         options.run, checkpoint=options.checkpoint, averaged=averaged, seed=options.seed
     )

@@ -1,6 +1,13 @@
-"""Says what images show: ``python scripts/predict.py runs/digits three.png photos/``.
+"""Predict the classes of images with the network of a run.
 
-Run `python scripts/predict.py --help` for what it takes.
+An IMAGE is a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file, or a folder, which stands for all such
+files in it and in its subfolders.
+
+Examples:
+  alexnet-jax predict runs/digits three.png
+  alexnet-jax predict runs/cifar10 photos/ --top=1 --sheet=sheet.png
+  alexnet-jax predict runs/cifar10 cat.jpg --explain=explained
+  alexnet-jax predict runs/cifar10 photos/ --format=csv > predictions.csv
 """
 
 import argparse
@@ -8,12 +15,12 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from alexnet_jax.cli import common
-from alexnet_jax.cli.network_arguments import add_not_averaged, add_run, open_network
+from alexnet_jax.cli.network_arguments import add_no_ema, add_run, open_network
 from alexnet_jax.errors import EXIT_BAD_INPUT, InputError, printable
 
 if TYPE_CHECKING:
@@ -21,28 +28,14 @@ if TYPE_CHECKING:
 
     from alexnet_jax.inference.predictor import Network
 
-_EPILOG = f"""\
-An IMAGE is a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file, or a folder, of which all such files are
-taken, also those in folders below.
-
-examples:
-  python scripts/predict.py runs/digits three.png
-  python scripts/predict.py runs/cifar10 photos/ --top=1 --sheet=sheet.png
-  python scripts/predict.py runs/cifar10 cat.jpg --explain=explained
-  python scripts/predict.py runs/cifar10 photos/ --format=csv > answers.csv
-
-Exit codes: 0 all images have an answer, 1 some could not be read and the others have one,
-{common.EXIT_CODES}.
-"""
-FORMATS = ("table", "json", "csv")
-MOST_ON_A_SHEET = 600
-_AT_ONCE = 64
+MAX_ON_SHEET = 600
+_BATCH_SIZE = 64
 
 
 class Predicted(NamedTuple):
-    """An image with its answer: the most probable classes first.
+    """An image with its most probable classes, first the top one.
 
-    The pixels are kept only for pictures: there may be any number of images.
+    The pixels are None unless they are to be drawn: there may be any number of images.
     """
 
     file: str
@@ -50,63 +43,69 @@ class Predicted(NamedTuple):
     top: list[tuple[str, float]]
 
 
-@common.entry_point()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program.
-
-    Args:
-        arguments: The command line after the program's name; None takes the process's own.
-
-    Returns:
-        The exit code, as --help lists them.
-    """
-    options = _parser().parse_args(arguments)
-    if options.top < 1:
-        raise InputError(f"--top={options.top} is too few; it must be at least 1.")
-    if options.format not in FORMATS:
-        raise InputError(
-            f"--format={options.format} is unknown; choose one of {', '.join(FORMATS)}."
-        )
+@common.entry_point
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command."""
+    options = _parse(arguments)
     files = list(find_images(options.images))
-    if options.sheet and len(files) > MOST_ON_A_SHEET:
+    if options.sheet and len(files) > MAX_ON_SHEET:
         raise InputError(
-            f"--sheet has room for {MOST_ON_A_SHEET} images, and there are {len(files):,}; name "
-            "fewer at a time."
+            f"--sheet has room for {MAX_ON_SHEET} images and there are {len(files):,}; name fewer."
         )
-    _check_places(options, files)
+    images = {Path(file).resolve() for file in files}
+    if options.sheet and options.sheet.resolve() in images:
+        raise InputError(
+            f"--sheet={options.sheet} is one of the images and would replace it; name another file."
+        )
+    if options.explain and options.explain.resolve() in {image.parent for image in images}:
+        raise InputError(
+            f"--explain={options.explain} has some of the images, which might be replaced; name "
+            "another folder."
+        )
     network = open_network(options)
     errors: dict[str, str] = {}
-    keep = bool(options.sheet or options.explain)
-    predicted = _predict_files(network, files, options.top, errors, keep)
-    shown = _WRITERS[options.format](predicted, network, errors)
-    if options.format != "json":
+    draw = bool(options.sheet or options.explain)
+    predicted = _predict(network, files, options.top, errors, keep_pixels=draw)
+    if options.format == "json":
+        shown = list(predicted)
+        _print_json(shown, network, errors)
+    else:
+        print_each = _print_csv if options.format == "csv" else _print_table
+        shown = list(print_each(predicted, network))
         for error in errors.values():
             print(f"error: {error}", file=sys.stderr)
-    _draw(options, network, shown)
+    if draw and shown:
+        _draw(options, network, shown)
     if not shown:
         return EXIT_BAD_INPUT
     return 1 if errors else 0
 
 
-def _check_places(options: argparse.Namespace, files: list[str]) -> None:
-    """Refuses to draw over the images."""
-    images = {Path(file).resolve() for file in files}
-    if options.sheet and options.sheet.resolve() in images:
-        raise InputError(
-            f"--sheet={options.sheet} is one of the images, which it would replace; name another."
-        )
-    if options.explain and options.explain.resolve() in {image.parent for image in images}:
-        raise InputError(
-            f"--explain={options.explain} is where the images lie, which their explanations might "
-            "replace; name another folder."
-        )
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = common.create_parser(
+        "alexnet-jax predict",
+        __doc__,
+        success="all images are predicted, 1 some of them could not be read",
+    )
+    add_run(parser)
+    add_no_ema(parser)
+    help = "an image, or a folder of images"
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help=help)
+    help = "print the K most probable classes (default: 5)"
+    parser.add_argument("--top", type=common.positive, default=5, metavar="K", help=help)
+    parser.add_argument("--format", default="table", choices=("table", "json", "csv"))
+    help = "draw all images and their predictions into one PNG"
+    parser.add_argument("--sheet", type=common.path, metavar="FILE", help=help)
+    help = "draw a PNG of each image with the pixels that its prediction depends on"
+    parser.add_argument("--explain", type=common.path, metavar="FOLDER", help=help)
+    return parser.parse_args(arguments)
 
 
 def find_images(paths: Sequence[str]) -> Iterator[str]:
-    """Yields the files that are named, and the images in the folders that are named, in order.
+    """Yields the files among paths, and the images in the folders among them, in order.
 
     Raises:
-        InputError: A folder holds no image.
+        InputError: There is no image in a folder.
     """
     from alexnet_jax.data.prepare.trees import IMAGE_SUFFIXES
 
@@ -122,89 +121,73 @@ def find_images(paths: Sequence[str]) -> Iterator[str]:
                     found = True
                     yield os.path.join(folder, name)
         if not found:
-            raise InputError(f"the folder {path} holds no image; name one that does.")
+            raise InputError(f"the folder {path} has no image; name one that has.")
 
 
-def _predict_files(
-    network: "Network", files: list[str], top: int, errors: dict[str, str], keep: bool
+def _predict(
+    network: "Network", files: list[str], top: int, errors: dict[str, str], *, keep_pixels: bool
 ) -> Iterator[Predicted]:
-    """Answers file by file, some at a time; what cannot be read is noted in `errors`."""
+    """Predicts in batches; the messages of files that cannot be read go into `errors`."""
     import numpy as np
     from tqdm import tqdm
 
-    # On standard error, so that answers can be piped; for a terminal that shows both it is hidden.
+    # The bar is on standard error, which a terminal would mix with the predictions.
     hidden = True if sys.stdout.isatty() else None
     with tqdm(total=len(files), desc="Predicting", unit="img", disable=hidden, delay=2) as bar:
-        for start in range(0, len(files), _AT_ONCE):
-            names, images = [], []
-            for file in files[start : start + _AT_ONCE]:
+        for start in range(0, len(files), _BATCH_SIZE):
+            images: dict[int, np.ndarray] = {}
+            for index in range(start, min(start + _BATCH_SIZE, len(files))):
                 try:
-                    images.append(network.prepare(file))
-                    names.append(file)
+                    images[index] = network.prepare(files[index])
                 except InputError as error:
-                    errors[file] = str(error)
+                    errors[files[index]] = str(error)
                 bar.update()
             if images:
-                ranked = network.predict(np.stack(images)).top(top)
-                yield from map(Predicted, names, images if keep else [None] * len(images), ranked)
+                ranked = network.predict(np.stack(list(images.values()))).top(top)
+                for (index, image), classes in zip(images.items(), ranked, strict=True):
+                    yield Predicted(files[index], image if keep_pixels else None, classes)
 
 
-def _write_table(
-    predicted: Iterator[Predicted], network: "Network", errors: dict[str, str]
-) -> list[Predicted]:
-    shown = []
+def _print_table(predicted: Iterable[Predicted], network: "Network") -> Iterator[Predicted]:
     width = max(len("class"), *map(len, network.class_names))
     for each in predicted:
-        shown.append(each)
         print(printable(each.file))
         for name, probability in each.top:
             bar = "#" * round(30 * probability)
             print(f"  {printable(name):<{width}}  {probability:>6.1%}  {bar}".rstrip())
-    return shown
+        yield each
 
 
-def _write_csv(
-    predicted: Iterator[Predicted], network: "Network", errors: dict[str, str]
-) -> list[Predicted]:
+def _print_csv(predicted: Iterable[Predicted], network: "Network") -> Iterator[Predicted]:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["file", "rank", "class", "probability"])
-    shown = []
     for each in predicted:
-        shown.append(each)
-        # As `sys.stdout` may be strict, and a name on Linux any bytes.
+        # On Linux a file name is any bytes, and `sys.stdout` may be strict.
         file = os.fsencode(each.file).decode(errors="backslashreplace")
         for rank, (name, probability) in enumerate(each.top, start=1):
             writer.writerow([file, rank, name, f"{probability:.6g}"])
-    return shown
+        yield each
 
 
-def _write_json(
-    predicted: Iterator[Predicted], network: "Network", errors: dict[str, str]
-) -> list[Predicted]:
-    shown = list(predicted)
-    answer: dict[str, Any] = {
+def _print_json(shown: list[Predicted], network: "Network", errors: dict[str, str]) -> None:
+    predictions = [
+        {
+            "file": each.file,
+            "top": [{"class": name, "probability": share} for name, share in each.top],
+        }
+        for each in shown
+    ]
+    answer = {
         "run": str(network.folder),
         "checkpoint": network.step,
-        "predictions": [
-            {
-                "file": each.file,
-                "top": [{"class": name, "probability": share} for name, share in each.top],
-            }
-            for each in shown
-        ],
+        "predictions": predictions,
         "errors": [{"file": file, "error": error} for file, error in errors.items()],
     }
     print(json.dumps(answer, indent=2))
-    return shown
-
-
-_WRITERS = {"table": _write_table, "csv": _write_csv, "json": _write_json}
 
 
 def _draw(options: argparse.Namespace, network: "Network", shown: list[Predicted]) -> None:
-    """Draws the sheet and the explanations that are asked for."""
-    if not shown or not (options.sheet or options.explain):
-        return
+    """Draws the contact sheet and the explanations that are asked for."""
     import numpy as np
     from tqdm import tqdm
 
@@ -221,17 +204,14 @@ def _draw(options: argparse.Namespace, network: "Network", shown: list[Predicted
             contact_sheet(answers).save(options.sheet, format="PNG")
             print(f"Sheet: {options.sheet}", file=sys.stderr)
         if options.explain:
-            folder = options.explain
-            folder.mkdir(parents=True, exist_ok=True)
-            for answer, name in zip(
-                tqdm(answers, "Explaining", unit="img", disable=None, delay=2),
-                _file_names([each.file for each in shown]),
-                strict=True,
-            ):
+            options.explain.mkdir(parents=True, exist_ok=True)
+            names = _unique_names(each.file for each in shown)
+            bar = tqdm(answers, "Explaining", unit="img", disable=None, delay=2)
+            for answer, name in zip(bar, names, strict=True):
                 label = network.class_names.index(answer.label)
                 saliency = smooth_grad(network, answer.image[None], np.array([label]))[0]
-                explanation(answer, saliency).save(folder / name, format="PNG")
-            print(f"Explanations: {folder}", file=sys.stderr)
+                explanation(answer, saliency).save(options.explain / name, format="PNG")
+            print(f"Explanations: {options.explain}", file=sys.stderr)
     except OSError as error:
         raise InputError(
             f"{error.filename or options.sheet or options.explain} cannot be written "
@@ -239,8 +219,8 @@ def _draw(options: argparse.Namespace, network: "Network", shown: list[Predicted
         ) from None
 
 
-def _file_names(files: list[str]) -> Iterator[str]:
-    """Yields a name for a picture of each file, no two alike."""
+def _unique_names(files: Iterable[str]) -> Iterator[str]:
+    """Yields the name of a PNG for each file."""
     seen: set[str] = set()
     for file in files:
         stem = Path(file).stem
@@ -249,37 +229,3 @@ def _file_names(files: list[str]) -> Iterator[str]:
             name, number = f"{stem}-{number}.png", number + 1
         seen.add(name)
         yield name
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Says what images show, by the network of a run.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_run(parser)
-    parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", help="an image, or a folder of images"
-    )
-    parser.add_argument(
-        "--top", type=int, default=5, metavar="K", help="classes to tell of each (default: 5)"
-    )
-    parser.add_argument("--format", default="table", help="table (default), json or csv")
-    parser.add_argument(
-        "--sheet",
-        type=common.path,
-        metavar="FILE",
-        help="draw all images with answers on one PNG",
-    )
-    parser.add_argument(
-        "--explain",
-        type=common.path,
-        metavar="FOLDER",
-        help="draw a PNG of each image with the pixels that its answer depends on",
-    )
-    add_not_averaged(parser)
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

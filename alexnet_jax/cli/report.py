@@ -1,9 +1,14 @@
-"""Makes the report of a run again, or compares several.
+"""Make the report of a run again, or compare several runs on one page.
 
-Run `python scripts/report.py --help` for what it takes.
+RUN is the folder of a run, finished or not. The page of several runs shows their curves over each
+other, their results, and the options in which they differ.
+
+Examples:
+  alexnet-jax report runs/digits
+  alexnet-jax report runs/digits --output=digits.html
+  alexnet-jax report runs/narrow runs/wide --output=widths.html
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,71 +16,29 @@ from pathlib import Path
 from alexnet_jax.cli import common
 from alexnet_jax.errors import InputError
 
-_EPILOG = f"""\
-RUN is the folder of a run, as --workdir named it, finished or still going on.
-One is given its report anew; of several, a page shows the curves over each other, the results, and
-the options in which they differ.
 
-examples:
-  python scripts/report.py runs/digits
-  python scripts/report.py runs/digits --output=digits.html
-  python scripts/report.py runs/narrow runs/wide --output=widths.html
-
-Exit codes: 0 the page lies ready, {common.EXIT_CODES}.
-"""
-
-
-@common.entry_point()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program.
-
-    Args:
-        arguments: The command line after the program's name; None takes the process's own.
-
-    Returns:
-        The exit code, as --help lists them.
-    """
-    options = _parser().parse_args(arguments)
+@common.entry_point
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command."""
+    parser = common.create_parser("alexnet-jax report", __doc__, success="the page is written")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=common.path, help="a run folder")
+    parser.add_argument(
+        "--output",
+        type=common.path,
+        metavar="FILE",
+        help="the page (default: RUN/report.html; of several runs, comparison.html)",
+    )
+    options = parser.parse_args(arguments)
+    output = options.output
+    if output and output.suffix not in (".html", ".htm"):
+        raise InputError(f"--output={output} must end in .html.")
+    if output and not output.parent.is_dir():
+        raise InputError(f"--output={output} is in no folder; create {output.parent} first.")
     from alexnet_jax.experiments import report  # imports JAX, as --help does not
 
-    output = _checked(options.output)
     if len(options.runs) == 1:
         page = report.write_report(options.runs[0], output)
     else:
         page = report.write_comparison(options.runs, output or Path("comparison.html"))
     print(page)
     print("Next: open it in a browser; it needs no internet connection.", file=sys.stderr)
-    return 0
-
-
-def _checked(output: Path | None) -> Path | None:
-    """Refuses places where no page can go, or where it would replace another thing."""
-    if output is None:
-        return None
-    if output.suffix not in (".html", ".htm"):
-        raise InputError(f"--output={output} names no page; let it end in .html.")
-    if not output.parent.is_dir():
-        raise InputError(f"--output={output} lies in no folder; make {output.parent} first.")
-    return output
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Makes the report of a run again, or compares several.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "runs", metavar="RUN", nargs="+", type=common.path, help="the folder of a run"
-    )
-    parser.add_argument(
-        "--output",
-        type=common.path,
-        metavar="FILE",
-        help="where the page goes (default: RUN/report.html; of several, comparison.html)",
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,17 @@
-"""Searches for better options, judged on the validation images; never sees the test set.
+r"""Search for better options, judged by the accuracy on the validation images.
 
-Run `python scripts/sweep.py --help` for what it takes.
+Each trial is a run in a folder of its own in WORKDIR; the study is in WORKDIR/study.db. If
+interrupted, the same command resumes the study and its unfinished trials; more --trials continue
+it. A trial whose best accuracy so far is below the median of the earlier ones is stopped. The test
+set is never evaluated. What follows -- is passed to every run. At the end WORKDIR has trials.csv
+and sweep.png.
+
+Examples:
+  alexnet-jax sweep --config=digits --trials=30 --workers=2 \
+      --range=optimizer.learning_rate=1e-4:1e-2:log --range=model.dropout=0:0.6 \
+      --choice=optimizer.schedule=linear,cosine
+  alexnet-jax sweep --config=cifar10 --workdir=runs/widths \
+      --choice="model.hidden=(256,256),(1024,1024)" -- --config.train.epochs=5
 """
 
 import argparse
@@ -12,54 +23,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alexnet_jax.cli import common
-from alexnet_jax.errors import EXIT_INTERRUPTED, InputError
+from alexnet_jax.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from alexnet_jax.experiments.sweep import Row
 
-_EPILOG = f"""\
-Each trial is a run in a folder of its own below WORKDIR; the study lies in WORKDIR/study.db.
-Stopped by Ctrl-C, or killed, the same command goes on, also within a trial; so do more --trials. A
-trial whose best accuracy so far is below the median of those before it is stopped. What follows --
-goes to every run. At the end there are WORKDIR/trials.csv, sweep.png, and a table.
 
-examples:
-  python scripts/sweep.py --config=configs/digits.py --trials=30 --workers=2 \\
-      --range=optimizer.learning_rate=1e-4:1e-2:log --range=model.dropout=0:0.6 \\
-      --choice=optimizer.schedule=linear,cosine
-  python scripts/sweep.py --config=configs/cifar10.py --workdir=runs/widths \\
-      --choice="model.hidden=(256,256),(1024,1024)" -- --config.train.epochs=5
-
-Exit codes: 0 all trials have ended, {common.EXIT_CODES},
-75 interrupted and saved.
-"""
-
-
-@common.entry_point()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program.
-
-    Args:
-        arguments: The command line after the program's name; None takes the process's own.
-
-    Returns:
-        The exit code, as --help lists them.
-    """
+@common.entry_point
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command."""
     own, flags = common.split(arguments)
-    options = _parser().parse_args(own)
+    options = _parse(own)
     from alexnet_jax.cli.command_line import load_config
     from alexnet_jax.experiments import search_space, sweep
     from alexnet_jax.run import writers  # imports JAX, as --help does not
 
-    for name in ("trials", "workers"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name}={getattr(options, name)} must be at least 1.")
     config = load_config(options.config)
     workdir = options.workdir or Path("runs", f"{Path(options.config.split(':')[0]).stem}-sweep")
     space = search_space.parse_space(options.range, options.choice, config)
     searched = [f"config.{key}" for key in space]
-    taken = ("config", "workdir", "config.eval.test", *searched)
-    common.check_flags(flags, taken, "the sweep")
+    common.check_flags(flags, ("config", "workdir", "config.eval.test", *searched), "the sweep")
     search = sweep.Sweep(
         folder=workdir,
         config=options.config,
@@ -74,96 +57,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
             search, study, workers=options.workers, keep_checkpoints=options.keep_checkpoints
         )
         finished = sweeper.run(options.trials)
-        found, matters = sweep.rows(study), sweep.importances(study)
+        rows, importances = sweep.rows(study), sweep.importances(study)
         best = sweep.best_trial(study)
-    logarithmic = [key for key, values in search.space.items() if getattr(values, "log", False)]
-    _write(workdir, found, matters, logarithmic)
-    print(sweep.table(found))
-    states = [row.state for row in found]
+    logarithmic = [key for key, values in space.items() if getattr(values, "log", False)]
+    _write(workdir, rows, importances, logarithmic)
+    print(sweep.table(rows))
+    states = [row.state for row in rows]
     print(
-        f"\n{states.count('complete')} trained to the end, {states.count('pruned')} pruned, "
-        f"{states.count('fail')} failed; all in {workdir}/trials.csv, drawn in {workdir}/sweep.png."
+        f"\n{states.count('complete')} trials are complete, {states.count('pruned')} pruned, "
+        f"{states.count('fail')} failed; see {workdir}/trials.csv and {workdir}/sweep.png."
     )
-    for key, share in matters.items():
+    for key, share in importances.items():
         print(f"  {share:4.0%} of the variation comes from {key}")
     if not finished:
-        print("Stopped and saved. The same command goes on.", file=sys.stderr)
+        print("Interrupted and saved. Rerun the same command to resume.", file=sys.stderr)
         return EXIT_INTERRUPTED
     if best:
-        print(
-            f"\nNext: train the best and measure it on the test set, once:\n"
-            f"  {sweep.best_command(search, best)}"
-        )
+        command = sweep.best_command(search, best)
+        print(f"\nNext: train the best and evaluate it on the test set, once:\n  {command}")
     return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = common.create_parser(
+        "alexnet-jax sweep",
+        __doc__,
+        success="all trials have ended",
+        other=", 75 interrupted and saved",
+        usage="%(prog)s --config=CONFIG [options] [-- FLAG ...]",
+    )
+    add = parser.add_argument
+    help = "the config to start from: a file, or the name of one that comes with alexnet_jax"
+    add("--config", required=True, help=help)
+    help = "numbers to search an option in; may be repeated"
+    add("--range", action="append", default=[], metavar="KEY=LOW:HIGH[:log]", help=help)
+    help = "values to choose an option from; may be repeated"
+    add("--choice", action="append", default=[], metavar="KEY=A,B", help=help)
+    add("--trials", type=common.positive, default=20, metavar="N", help="in all (default: 20)")
+    help = "trials trained at the same time (default: 1)"
+    add("--workers", type=common.positive, default=1, metavar="N", help=help)
+    help = "default: runs/<name of the config>-sweep"
+    add("--workdir", type=common.path, metavar="FOLDER", help=help)
+    add("--seed", type=int, default=0, help="of the search (default: 0)")
+    help = "stop trials that lag behind (default: yes)"
+    add("--prune", action=argparse.BooleanOptionalAction, default=True, help=help)
+    help = "of all trials, not only of the best"
+    add("--keep_checkpoints", action="store_true", help=help)
+    return parser.parse_args(arguments)
 
 
 def _write(
     workdir: Path,
-    found: Sequence["Row"],
-    matters: Mapping[str, float],
+    rows: Sequence["Row"],
+    importances: Mapping[str, float],
     logarithmic: Collection[str],
 ) -> None:
     """Writes the table of all trials, and the figure."""
     from alexnet_jax.plots import style, trials
-    from alexnet_jax.run import directory
+    from alexnet_jax.run import files
 
-    keys = list(dict.fromkeys(key for row in found for key in row.params))
+    keys = list(dict.fromkeys(key for row in rows for key in row.params))
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["trial", "state", "validation_accuracy", "epochs", *keys, "why"])
-    for row in found:
+    for row in rows:
         values = [row.params.get(key, "") for key in keys]
         writer.writerow([row.name, row.state, row.accuracy, row.epochs, *values, row.why])
-    directory.write_whole(workdir / "trials.csv", text.getvalue().encode())
-    drawn = [(row.state, row.accuracy, row.params) for row in found]
-    picture = style.png(trials.search(drawn, matters, logarithmic))
-    directory.write_whole(workdir / "sweep.png", picture)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Searches for better options, judged on the validation images.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s --config=FILE [options] [-- FLAG ...]",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="where trials begin from")
-    parser.add_argument(
-        "--range",
-        action="append",
-        default=[],
-        metavar="KEY=LOW:HIGH[:log]",
-        help="numbers that an option may have; may be given several times",
-    )
-    parser.add_argument(
-        "--choice",
-        action="append",
-        default=[],
-        metavar="KEY=A,B",
-        help="values that an option may have; may be given several times",
-    )
-    parser.add_argument("--trials", type=int, default=20, metavar="N", help="in all (default: 20)")
-    parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="trained at once (default: 1)"
-    )
-    parser.add_argument(
-        "--workdir",
-        type=common.path,
-        metavar="FOLDER",
-        help="default: runs/<name of the config>-sweep",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
-    parser.add_argument(
-        "--prune",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="stop trials that lag behind (default: yes)",
-    )
-    parser.add_argument(
-        "--keep_checkpoints", action="store_true", help="of all trials, and not of the best alone"
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    files.write_text(workdir / "trials.csv", text.getvalue())
+    drawn = [(row.state, row.accuracy, row.params) for row in rows]
+    figure = trials.search(drawn, importances, logarithmic)
+    files.write_bytes(workdir / "sweep.png", style.png(figure))

@@ -88,7 +88,7 @@ for name in {NAMES}:
 
 
 def test_a_code_is_returned_and_none_is_0():
-    @common.entry_point()
+    @common.entry_point
     def program(code):
         """Says so."""
         return code
@@ -99,7 +99,7 @@ def test_a_code_is_returned_and_none_is_0():
 
 @pytest.mark.parametrize("length", [10, 10**6], ids=["in the buffer", "beyond it"])
 def test_what_nobody_reads_goes_nowhere(length):
-    @common.entry_point()
+    @common.entry_point
     def program():
         print("x" * length)
         print("y")
@@ -111,7 +111,7 @@ def test_what_nobody_reads_goes_nowhere(length):
 
 
 def test_a_full_disk_is_a_sentence(capsys):
-    @common.entry_point()
+    @common.entry_point
     def program(error=None):
         print("x")
         if error:
@@ -128,7 +128,7 @@ def test_a_full_disk_is_a_sentence(capsys):
 def test_a_mistake_of_the_program_keeps_its_traceback():
     """Another pipe than that of its output may have broken, such as one to a process of its own."""
 
-    @common.entry_point()
+    @common.entry_point
     def program(error):
         raise error
 
@@ -190,15 +190,13 @@ def test_training_that_is_stopped_at_once_says_how_to_go_on(monkeypatch, capsys)
 def test_a_path_of_an_option_may_begin_at_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/her")
     assert common.path("~/runs") == Path("/home/her/runs")
-    with pytest.raises(argparse.ArgumentTypeError, match="'~nobody-of-that-name/x' is in the home"):
+    with pytest.raises(argparse.ArgumentTypeError, match="-name/x' is in the home of no user"):
         common.path("~nobody-of-that-name/x")
 
 
-def test_a_command_line_is_split_at_its_first_dashes(monkeypatch):
+def test_a_command_line_is_split_at_its_first_dashes():
     assert common.split(["a", "--b=1"]) == (["a", "--b=1"], [])
     assert common.split(["a", "--", "--b", "--", "c"]) == (["a"], ["--b", "--", "c"])
-    monkeypatch.setattr(sys, "argv", ["program.py", "--a", "--", "--b"])
-    assert common.split(None) == (["--a"], ["--b"])
 
 
 @pytest.mark.parametrize("flag", ["--workdir", "--workdir=x", "-workdir=x", "--noconfig.seed"])

@@ -667,13 +667,13 @@ def test_the_program_reports_and_repeats(tmp_path, capsys):
         "2 classes: cat, dog",
         str(tmp_path / "tfds" / "pets" / "1.0.0"),
         "1 files ignored",
-        "--config=configs/cifar10.py --config.data.name=pets --workdir=runs/pets",
+        "alexnet-jax train --config=cifar10 --config.data.name=pets --workdir=runs/pets",
     ):
         assert part in output
     assert main(arguments) == 0
     assert "was prepared already" in capsys.readouterr().out
     assert main([*arguments, "--overwrite"]) == 0
-    assert "lies ready" in capsys.readouterr().out
+    assert "pets is ready in" in capsys.readouterr().out
 
 
 def test_the_program_prints_errors_as_sentences(tmp_path, capsys):
@@ -714,5 +714,5 @@ def test_ctrl_c_in_a_real_process(tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert error.strip().splitlines() == ["Interrupted; nothing half-made is left behind."]
+    assert error.strip().splitlines() == ["Interrupted."]
     assert not leftovers(data_dir)

@@ -497,8 +497,8 @@ def test_runs_are_compared(comparison):
     ("arguments", "says"),
     [
         (["{tmp}"], "it has no config.json; name the --workdir of a run"),
-        (["{run}", "--output=page.txt"], "--output=page.txt names no page; let it end in .html"),
-        (["{run}", "--output={tmp}/no/page.html"], "lies in no folder; make"),
+        (["{run}", "--output=page.txt"], "--output=page.txt must end in .html"),
+        (["{run}", "--output={tmp}/no/page.html"], "is in no folder; create"),
     ],
 )
 def test_what_cannot_be_made_is_a_sentence(whole, tmp_path, capsys, arguments, says):

@@ -344,7 +344,7 @@ def test_the_program_ends_with_a_table_a_figure_and_a_command(folder, capsys, mo
     assert program.main(arguments) == 0
     said = capsys.readouterr().out
     assert said.startswith("| trial | validation (%) | epochs | optimizer.learning_rate |")
-    assert "8 trained to the end, 0 pruned, 0 failed" in said
+    assert "8 trials are complete, 0 pruned, 0 failed" in said
     with (folder / "study" / "trials.csv").open() as file:
         best = max(csv.DictReader(file), key=lambda row: float(row["validation_accuracy"]))
     assert f"--config.{RATE}={best[RATE]} " in said.splitlines()[-1]
@@ -362,8 +362,8 @@ def test_the_program_ends_with_a_table_a_figure_and_a_command(folder, capsys, mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trials=0"], "--trials=0 must be at least 1"),
-        (["--workers=0"], "--workers=0 must be at least 1"),
+        (["--trials=0"], "--trials: must be at least 1, not 0"),
+        (["--workers=0"], "--workers: must be at least 1, not 0"),
         ([], "no option is searched"),
         (["--config=configs/nothing.py"], "configs/nothing.py is not a file"),
     ],

@@ -110,7 +110,7 @@ def test_scripts_take_a_file_to_a_run_and_back(twin, state_dict, suffix, tmp_pat
     file, run, again = tmp_path / f"in{suffix}", tmp_path / "run", tmp_path / f"out{suffix}"
     write_state_dict(state_dict, file)
     assert script("import_torchvision").main([str(file), str(run)]) == 0
-    assert f" --config=configs/finetune.py:{run} " in capsys.readouterr().out
+    assert f" --config=finetune:{run} " in capsys.readouterr().out
     info = json.loads((run / "dataset.json").read_text())
     assert info["class_names"] == [f"class_{label}" for label in range(CLASSES)]
     assert (tuple(info["mean"]), tuple(info["deviation"])) == (MEAN, DEVIATION)
