@@ -1,6 +1,7 @@
 """Encoded images in, uint8 RGB out: the one module that decodes, and what it accepts."""
 
 import contextlib
+import errno
 import io
 import warnings
 from collections.abc import Iterator
@@ -22,11 +23,7 @@ _ORIENTATION = 0x0112  # The EXIF tag; 1 means "as stored".
 
 
 def decode(data: bytes, size: int) -> np.ndarray:
-    """Decodes an image file as `resize_and_crop` does.
-
-    Raises:
-        Exception: The image is too large or damaged; Pillow raises nearly every kind.
-    """
+    """Decodes an image file as `resize_and_crop` does; bad bytes raise nearly any exception."""
     with _open(data) as image:
         return resize_and_crop(image, size)
 
@@ -36,9 +33,6 @@ def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
 
     Returns:
         uint8[size, size, 3], RGB, upright according to its EXIF orientation.
-
-    Raises:
-        ValueError: See `to_rgb`.
     """
     rgb = to_rgb(_upright(image))
     if rgb.size != (size, size):
@@ -97,23 +91,19 @@ def read_image(path: Path, size: int) -> np.ndarray:
     """
     try:
         if not path.is_file():  # A device, say, might never end.
-            raise InputError(f"The image {path} does not exist or is no file; name an image file.")
+            raise FileNotFoundError(errno.ENOENT, "no such file")
         check_file_size(str(path), path.stat().st_size)
         data = path.read_bytes()
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name.
+    except OSError as error:
         raise InputError(
-            f"The image {path} cannot be read ({getattr(error, 'strerror', None) or error}); "
-            "name another file."
+            f"The image {path} cannot be read ({error.strerror}); name another file."
         ) from None
-    with _input_errors(str(path)):
-        _verify(data)
+    with _checked(data, str(path)):
         return decode(data, size)
 
 
 def check_file_size(name: str, size: int) -> None:
-    """Raises InputError where an image file has more bytes than any honest one."""
+    """Raises InputError if an image file has more than `MAX_FILE_BYTES`."""
     if size > MAX_FILE_BYTES:
         raise InputError(
             f"The image {name} has {size} bytes, more than the {MAX_FILE_BYTES} allowed; "
@@ -136,9 +126,13 @@ def count_values(images: np.ndarray, chosen: np.ndarray | None = None) -> np.nda
     return counts.reshape(3, 256)
 
 
-def encode_png(pixels: np.ndarray) -> bytes:
-    """Encodes uint8[H, W] (gray) or uint8[H, W, 3] (RGB) without loss."""
-    return _to_png(Image.fromarray(pixels))
+def encode_png(image: Image.Image | np.ndarray) -> bytes:
+    """Encodes an image, or uint8[H, W] (gray) or uint8[H, W, 3] (RGB), without loss."""
+    buffer = io.BytesIO()
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def to_jpeg_or_png(data: bytes, name: str) -> bytes:
@@ -155,45 +149,34 @@ def to_jpeg_or_png(data: bytes, name: str) -> bytes:
     Raises:
         InputError: The image is too large or cannot be decoded.
     """
-    with _input_errors(name):
-        _verify(data)
-        with _open(data) as image:
-            image.load()
-            if (
-                image.format in ("JPEG", "PNG")
-                and image.mode in ("RGB", "L")
-                and not image.has_transparency_data
-                and _orientation(image) == 1
-            ):
-                return data
-            return _to_png(to_rgb(_upright(image)))
-
-
-def _verify(data: bytes) -> None:
-    with _open(data) as image:
-        if image.format == "PNG":
-            image.verify()  # Decoding skips the checksums of the pixels.
+    with _checked(data, name), _open(data) as image:
+        image.load()
+        upright = _upright(image)
+        is_plain = image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L")
+        if is_plain and upright is image and not image.has_transparency_data:
+            return data
+        return encode_png(to_rgb(upright))
 
 
 @contextlib.contextmanager
-def _input_errors(name: str) -> Iterator[None]:
-    """Turns what Pillow raises on a bad image into an InputError with the image's name."""
+def _checked(data: bytes, name: str) -> Iterator[None]:
+    """Verifies checksums; turns what Pillow raises, then or later, into InputErrors with a name."""
     try:
         with warnings.catch_warnings():
             # `_open` has its own limit.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with _open(data) as image:
+                if image.format == "PNG":
+                    image.verify()  # Decoding skips the checksums of the pixels.
             yield
     except Exception as error:  # Pillow raises nearly every kind of exception on bad bytes.
-        remedy = "replace or remove it"
-        match error:
-            case Image.DecompressionBombError():
-                problem = f"has more than {MAX_PIXELS // 10**6} megapixels"
-                remedy = "scale it down, or remove it"
-            case UnidentifiedImageError():  # Its own text names an object in memory.
-                problem = f"is in none of the formats {', '.join(FORMATS)}"
-            case _:
-                problem = f"cannot be decoded ({error})"
-        raise InputError(f"The image {name} {problem}; {remedy}.") from error
+        if isinstance(error, Image.DecompressionBombError):
+            problem = f"has more than {MAX_PIXELS // 10**6} megapixels; scale it down, or remove it"
+        elif isinstance(error, UnidentifiedImageError):  # Its own text names an object in memory.
+            problem = f"is in none of the formats {', '.join(FORMATS)}; replace or remove it"
+        else:
+            problem = f"cannot be decoded ({error}); replace or remove it"
+        raise InputError(f"The image {name} {problem}.") from error
 
 
 def _open(data: bytes) -> Image.Image:
@@ -218,18 +201,10 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # Damaged EXIF, on which Pillow raises as many kinds, says nothing.
-        return 1
-
-
 def _upright(image: Image.Image) -> Image.Image:
-    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
-
-
-def _to_png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
+    """Applies the EXIF orientation; returns `image` itself where it is upright."""
+    try:
+        upright = image.getexif().get(_ORIENTATION, 1) == 1
+    except Exception:  # Damaged EXIF, on which Pillow raises as many kinds, says nothing.
+        upright = True
+    return image if upright else ImageOps.exif_transpose(image)

@@ -4,15 +4,14 @@ Reading needs TFDS but never TensorFlow. Importing TFDS and letting it open a se
 second, so it is imported inside functions, and what it says of a split is cached for the next run.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -35,12 +34,8 @@ _BLOCK = 2**16
 _READ_AT_ONCE = 256  # Records per call; ArrayRecord reads a batch about 5 times as fast as singles.
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A file of serialized examples, and which of them belong to a split.
-
-    It has the attributes that ArrayRecord's data source asks for.
-    """
+class Shard(NamedTuple):
+    """A file of serialized examples, and which of them are in a split; as ArrayRecord takes it."""
 
     filename: str
     skip: int
@@ -50,7 +45,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split of a prepared data set, and where it is stored.
+    """One split of a prepared data set.
 
     Attributes:
         name: The data set and the split.
@@ -73,7 +68,7 @@ class SplitInfo:
 class Source(SplitInfo):
     """An open split: `source[i]` is {"image": uint8[S, S, 3], "label": int}.
 
-    Unpickling opens the files anew, as in a worker process.
+    It can be pickled: the other process opens the files itself.
 
     Attributes:
         image_size: S.
@@ -90,14 +85,12 @@ class Source(SplitInfo):
 
     @property
     def fingerprint(self) -> str:
-        """The names, sizes and times of the files; where it differs, the images may, too."""
-        stats = [(Path(shard.filename), shard.skip, shard.take) for shard in self.shards]
-        return json.dumps(
-            [
-                (file.name, file.stat().st_size, file.stat().st_mtime_ns, skip, take)
-                for file, skip, take in stats
-            ]
-        )
+        """Names, sizes and times of the files; where they differ, the images may, too."""
+        parts = []
+        for filename, skip, take, _ in self.shards:
+            status = Path(filename).stat()
+            parts.append((Path(filename).name, status.st_size, status.st_mtime_ns, skip, take))
+        return json.dumps(parts)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -109,25 +102,19 @@ class Source(SplitInfo):
         return {"image": images[0], "label": int(labels[0])}
 
     def read_all(self, progress: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Reads every image into memory, with a progress bar on a terminal; see `read`.
+        """Reads every image as `read` does, with a progress bar on a terminal.
 
         It runs in one thread: Pillow holds Python's lock while it decodes.
         """
-        hidden = None if progress else True
+        title, hidden = f"Reading {self.name}", not progress or None
         # The delay keeps small sets from showing a bar.
-        with tqdm(
-            desc=f"Reading {self.name}", total=len(self), unit="img", disable=hidden, delay=1
-        ) as bar:
+        with tqdm(desc=title, total=len(self), unit="img", disable=hidden, delay=1) as bar:
             return self.read(range(len(self)), bar.update)
 
     def read(
         self, indices: Sequence[int] | np.ndarray, update: Callable[[], Any] = lambda: None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Reads some images into memory.
-
-        Args:
-            indices: Which, in any order.
-            update: Called after each image.
+        """Reads some images into memory; calls `update` after each.
 
         Returns:
             Images uint8[n, S, S, 3] and labels int32[n], in the order of the indices.
@@ -147,12 +134,12 @@ class Source(SplitInfo):
         return images, labels
 
     def read_labels(self) -> np.ndarray:
-        """Reads every label, int32[N], without decoding an image; raises as `read`."""
+        """Reads every label, int32[N], without decoding an image."""
         labels = (label for _, _, label in self._examples(range(len(self))))
         return np.fromiter(labels, np.int32, len(self))
 
     def checksum(self) -> str:
-        """Identifies the content of the files, wherever they are: their size and a CRC-32.
+        """Identifies the content of the files, wherever they are, by size and CRC-32.
 
         Of more than 256 MiB only as much is read, in blocks spread evenly over all files.
         """
@@ -194,9 +181,7 @@ class Source(SplitInfo):
                 yield index, encoded, label
 
     def _damaged(self, index: int, error: Exception) -> InputError:
-        return InputError(
-            f"Image {index} of {self.name} cannot be decoded ({error}); prepare the data set again."
-        )
+        return _broken(f"Image {index} of {self.name} cannot be decoded ({error})", self.folder)
 
 
 def load_source(config: ConfigDict, split: str, *, progress: bool = True) -> Source:
@@ -217,18 +202,44 @@ def load_source(config: ConfigDict, split: str, *, progress: bool = True) -> Sou
     if config.image_size < 1:
         raise InputError(f"config.data.image_size is {config.image_size}; it must be at least 1.")
     prepare.check_name(config.name)
-    root = prepare.data_root(config.data_dir)
-    key = json.dumps([str(root), config.name, split])
-    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-    path = environment.cache_folder() / "splits" / f"{digest}.json"
-    info = _read_cached(path, root)
-    if info is None:
-        info = find_split(config.name, config.data_dir, split, progress)
-        _write_cached(path, root, info)
+    info = _cached_split(config.name, config.data_dir, split, progress)
     return Source(**vars(info), image_size=config.image_size, records=_open(info.shards))
 
 
-# --- what TFDS knows of a split -----------------------------------------------------------------
+def _cached_split(name: str, data_dir: str, split: str, progress: bool) -> SplitInfo:
+    """Returns what `find_split` does, from the user's cache where nothing has changed since."""
+    root = prepare.data_root(data_dir)
+    digest = hashlib.sha256(json.dumps([str(root), name, split]).encode()).hexdigest()
+    path = environment.cache_folder() / "splits" / f"{digest[:32]}.json"
+    try:
+        content = json.loads(path.read_text())
+        found = content["split"]
+        found["class_names"] = tuple(found["class_names"])
+        found["shards"] = tuple(Shard(*shard) for shard in found["shards"])
+        info = SplitInfo(**found)
+        if content["state"] == _state(root, info.folder):
+            return info
+    except (OSError, ValueError, TypeError, KeyError):  # Missing, damaged, or of other versions.
+        pass
+    info = find_split(name, data_dir, split, progress)
+    try:
+        files.write_json(path, {"split": asdict(info), "state": _state(root, info.folder)})
+    except (OSError, ValueError) as error:  # ValueError: the set is outside the root.
+        log.debug("Not cached: %s (%s).", path, error)
+    return info
+
+
+def _state(root: Path, set_folder: str) -> list[Any]:
+    """Returns what changes when TFDS would find another set by the name, or other files in it."""
+    folder = Path(set_folder)
+    # Configs and versions are folders in these; what is computed has a folder in the set's.
+    above = folder.parents[: len(folder.relative_to(root).parts) - 1]
+    state: list[Any] = [_CACHE_FORMAT, *(parent.stat().st_mtime_ns for parent in above)]
+    for file in sorted(folder.iterdir()):
+        status = file.stat()
+        if file.is_file():
+            state.append([file.name, status.st_size, status.st_mtime_ns])
+    return state
 
 
 def find_split(name: str, data_dir: str, split: str, progress: bool) -> SplitInfo:
@@ -241,7 +252,7 @@ def find_split(name: str, data_dir: str, split: str, progress: bool) -> SplitInf
         folder=str(builder.data_dir),
         image_key=image_key,
         label_key=label_key,
-        shards=_shards(builder, split),
+        shards=_shards(builder.info, split),
     )
 
 
@@ -268,43 +279,37 @@ def _open_prepared(name: str, data_dir: str) -> Any:
     """Returns a TFDS builder of the named set, or None if none is prepared."""
     import tensorflow_datasets as tfds
 
-    root = prepare.data_root(data_dir)
+    root = str(prepare.data_root(data_dir))
     try:
         with prepare.quiet_tfds():
-            builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=str(root))
+            builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=root)
             for split in builder.info.splits.values():
                 _ = split.filenames  # A damaged template of these names would raise later.
             return builder
     except tfds.core.DatasetNotFoundError:
         return None
     except Exception as error:  # Whatever parsing damaged JSON raises.
-        raise _broken(
-            f"The data set {name} in {root} cannot be opened ({error})", "its folder"
-        ) from error
+        problem = f"The data set {name} in {root} cannot be opened ({error})"
+        raise _broken(problem, "its folder") from error
 
 
-def _image_and_label(info: Any) -> tuple[str, str]:
+def _image_and_label(info: Any) -> list[str]:
     """Finds the names of the image and the label in a set's examples."""
     import tensorflow_datasets as tfds
 
     features = sorted(info.features.items())  # They are stored in no fixed order.
-    images, labels = (
-        [key for key, feature in features if isinstance(feature, kind)]
-        for kind in (tfds.features.Image, tfds.features.ClassLabel)
-    )
-    match info.supervised_keys:
-        case (image, label) if image in images and label in labels:
-            return image, label
-    if not images or not labels:
-        found = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features)
-        raise InputError(
-            f"{info.name} is not for image classification: it needs an Image and a ClassLabel, "
-            f"and has {found}."
-        )
-    return (
-        "image" if "image" in images else images[0],
-        "label" if "label" in labels else labels[0],
-    )
+    preferred = [*(info.supervised_keys or ()), "image", "label"]
+    found = []
+    for kind in (tfds.features.Image, tfds.features.ClassLabel):
+        keys = [key for key, feature in features if isinstance(feature, kind)]
+        if not keys:
+            has = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features)
+            raise InputError(
+                f"{info.name} is not for image classification: it needs an Image and a "
+                f"ClassLabel, and has {has}."
+            )
+        found.append(next((key for key in preferred if key in keys), keys[0]))
+    return found
 
 
 def _class_names(builder: Any, label_key: str) -> tuple[str, ...]:
@@ -322,24 +327,19 @@ def _class_names(builder: Any, label_key: str) -> tuple[str, ...]:
     return names
 
 
-def _shards(builder: Any, split: str) -> tuple[Shard, ...]:
+def _shards(info: Any, split: str) -> tuple[Shard, ...]:
     try:
         with prepare.quiet_tfds():
-            instructions = builder.info.splits[split].file_instructions
-        if not any(part.take for part in instructions):
+            parts = info.splits[split].file_instructions
+        if not any(part.take for part in parts):
             raise ValueError("the split is empty")
     except Exception as error:  # TFDS has its own for a bad name, a bad slice and an empty one.
-        known = ", ".join(
-            f"{key} ({info.num_examples})" for key, info in builder.info.splits.items()
-        )
+        known = ", ".join(f"{key} ({part.num_examples})" for key, part in info.splits.items())
         raise InputError(
-            f"{builder.info.name} has no images for the split {split!r}; it has {known}, and "
-            "slices of them such as 'train[:90%]'."
+            f"{info.name} has no images for the split {split!r}; it has {known}, and slices of "
+            "them such as 'train[:90%]'."
         ) from error
-    return tuple(
-        Shard(str(part.filename), part.skip, part.take, part.examples_in_shard)
-        for part in instructions
-    )
+    return tuple(Shard(str(p.filename), p.skip, p.take, p.examples_in_shard) for p in parts)
 
 
 def _open(shards: Sequence[Shard]) -> Any:
@@ -363,44 +363,3 @@ def _open(shards: Sequence[Shard]) -> Any:
 
 def _broken(problem: str, folder: str | Path) -> InputError:
     return InputError(f"{problem}; remove {folder} and prepare the data set again.")
-
-
-# --- the user's cache ---------------------------------------------------------------------------
-
-
-def _read_cached(path: Path, root: Path) -> SplitInfo | None:
-    """Returns what was written by `_write_cached`, unless anything has changed since."""
-    try:
-        content = json.loads(path.read_text())
-        found = content["split"]
-        if content["state"] != _state(root, Path(found["folder"])):
-            return None
-        shards = tuple(Shard(**shard) for shard in found["shards"])
-        return SplitInfo(**found | {"class_names": tuple(found["class_names"]), "shards": shards})
-    except (OSError, ValueError, TypeError, KeyError):  # Missing, damaged, or of other versions.
-        return None
-
-
-def _write_cached(path: Path, root: Path, info: SplitInfo) -> None:
-    try:
-        state = _state(root, Path(info.folder))
-        files.write_json(path, {"split": dataclasses.asdict(info), "state": state})
-    except (OSError, ValueError) as error:  # ValueError: the set is outside the root.
-        log.debug("Not cached: %s (%s).", path, error)
-
-
-def _state(root: Path, folder: Path) -> list[Any]:
-    """Returns what changes when TFDS would find another set by the name, or other files in it.
-
-    Raises:
-        OSError: The folder is gone.
-        ValueError: It is not below `root`.
-    """
-    # Configs and versions are folders in these; what is computed has a folder in the set's.
-    above = folder.parents[: len(folder.relative_to(root).parts) - 1]
-    state: list[Any] = [_CACHE_FORMAT, *(parent.stat().st_mtime_ns for parent in above)]
-    for file in sorted(folder.iterdir()):
-        status = file.stat()
-        if file.is_file():
-            state.append([file.name, status.st_size, status.st_mtime_ns])
-    return state

@@ -490,6 +490,13 @@ def sums(*archives):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in archives}
 
 
+def prepare_cifar10(archive, data_dir):
+    """Prepares an archive as if it were the official one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builders, "CIFAR10_SHA256", sums(archive))
+        return prepare.prepare_path(archive, data_dir=str(data_dir))
+
+
 def test_the_fake_pickles_are_pickles():
     items = {b"labels": list(range(12)), b"data": bytes(3072), b"filenames": [b"a", b"b"]}
     loaded = pickle.loads(python2_pickle(items), encoding="bytes")
@@ -502,11 +509,10 @@ def test_both_cifar10_archives_give_the_same_records(tmp_path):
 
     data = cifar10_data()
     binary, python = binary_archive(tmp_path, data), python_archive(tmp_path, data)
-    expected = sums(binary, python)
     content = []
     for archive in (binary, python):
         data_dir = tmp_path / archive.name.split("-")[2]
-        prepared = prepare.prepare_path(archive, data_dir=str(data_dir), cifar10_sha256=expected)
+        prepared = prepare_cifar10(archive, data_dir)
         assert prepared.folder == data_dir / "cifar10" / "3.0.2"
         assert prepared.splits == {"train": 60, "test": 12}
         assert prepared.class_names == tuple(NAMES)
@@ -540,7 +546,7 @@ def test_a_pickle_is_never_executed(tmp_path):
         files = {name: tar.extractfile(name).read() for name in tar.getnames()}
     files["cifar-10-batches-py/data_batch_1"] = evil
     write_tar(python, files)
-    prepare.prepare_path(python, data_dir=str(tmp_path / "tfds"), cifar10_sha256=sums(python))
+    prepare_cifar10(python, tmp_path / "tfds")
     assert not (tmp_path / "executed").exists()
 
 
@@ -565,9 +571,7 @@ def test_malformed_cifar10_archives_are_refused(tmp_path):
             files = {name: tar.extractfile(name).read() for name in tar.getnames()} | change
         write_tar(archive, {name: item for name, item in files.items() if item is not None})
         with pytest.raises(InputError, match=message):
-            prepare.prepare_path(
-                archive, data_dir=str(tmp_path / "tfds"), cifar10_sha256=sums(archive)
-            )
+            prepare_cifar10(archive, tmp_path / "tfds")
 
 
 def test_cifar10_keeps_its_name(tmp_path):

@@ -610,7 +610,6 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 import test_source, test_prepare
-from alexnet_jax.data.prepare import downloads, prepare
 from alexnet_jax.data.source import load_source
 from tensorflow_datasets.image_classification.cifar import Cifar10
 
@@ -628,8 +627,7 @@ Cifar10.url_infos = infos
 builder = Cifar10(data_dir=tmp_path / "theirs")
 builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual))
 assert list(Path(builder.data_dir).glob("*.tfrecord-*"))
-prepare.prepare_path(archive, data_dir=str(tmp_path / "ours"),
-                     cifar10_sha256=test_prepare.sums(archive))
+test_prepare.prepare_cifar10(archive, tmp_path / "ours")
 for split in ("train", "test"):
     theirs, ours = (load_source(test_source.config(tmp_path / name, "cifar10", 32), split)
                     for name in ("theirs", "ours"))

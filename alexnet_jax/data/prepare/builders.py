@@ -33,13 +33,13 @@ Examples = Iterator[tuple[int | str, dict[str, Any]]]
 
 
 class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """A data set of encoded images, which `examples` yields by split.
+    """A data set of encoded images, whose splits `examples` returns when it is prepared.
 
     Args:
         name: What the data set is called.
         data_dir: Root of the prepared data sets.
-        features: TFDS's features by name, "image" and "label" among them.
-        examples: Called when the set is prepared.
+        features: By name, "image" and "label" among them.
+        examples: Returns the examples of each split.
         info: Further arguments of `tfds.core.DatasetInfo`.
     """
 
@@ -144,23 +144,15 @@ def class_folders(
 class Cifar10Archive(Cifar10, skip_registration=True):  # type: ignore[call-arg]
     """An official CIFAR-10 archive as TFDS's own `cifar10`: the same folder, records and order.
 
-    Args:
-        archive: The binary or the python archive, under its official name.
-        data_dir: Root of the prepared data sets.
-        sha256: The checksum to expect for each official name.
-        progress: Whether to show a bar on a terminal.
-
-    Raises:
-        InputError: The archive is not the official file.
+    It must have its official name and content, `CIFAR10_SHA256`.
     """
 
     name = "cifar10"
 
-    def __init__(
-        self, archive: Path, data_dir: Path, sha256: Mapping[str, str], progress: bool
-    ) -> None:
+    def __init__(self, archive: Path, data_dir: Path, progress: bool) -> None:
         self._archive, self._progress = archive, progress
-        check_sha256(archive, sha256[archive.name], f"download it again from {CIFAR10_URL}")
+        remedy = f"download it again from {CIFAR10_URL}"
+        check_sha256(archive, CIFAR10_SHA256[archive.name], remedy)
         super().__init__(data_dir=str(data_dir), file_format="array_record")
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
@@ -177,7 +169,7 @@ class Cifar10Archive(Cifar10, skip_registration=True):  # type: ignore[call-arg]
 
 def bar(items: Iterable[Any], total: int, split: str, progress: bool) -> Iterable[Any]:
     """Wraps `items` in a progress bar with the time left, which shows on a terminal only."""
-    return tqdm(items, f"Preparing {split}", total, disable=None if progress else True, unit="img")
+    return tqdm(items, f"Preparing {split}", total, disable=not progress or None, unit="img")
 
 
 # --- CIFAR-10's archives ------------------------------------------------------------------------
@@ -190,9 +182,6 @@ def read_cifar10(archive: Path) -> tuple[list[str], dict[str, Batch]]:
 
     Returns:
         The class names, and the images of each split in the official order.
-
-    Raises:
-        InputError: The archive cannot be read, or lacks a part or holds a malformed one.
     """
     files = {}
     with trees.readable(archive), tarfile.open(archive, "r:gz") as tar:

@@ -14,14 +14,11 @@ PROBE_SECONDS = 5.0
 
 
 def check_downloads(builder: Any, downloads: Path) -> None:
-    """Verifies manually downloaded files, and checks that the others can be downloaded.
+    """Raises InputError if a manually downloaded file is damaged, or a host cannot be reached.
 
     Args:
         builder: A TFDS builder, whose registered URLs are checked.
         downloads: TFDS's folder for downloads.
-
-    Raises:
-        InputError: A file is damaged, or one is missing and its host cannot be reached.
     """
     from tensorflow_datasets.core.download import resource
 

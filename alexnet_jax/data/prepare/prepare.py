@@ -30,7 +30,6 @@ DIGITS = "digits"
 
 _INFO = "dataset_info.json"
 _REPLACED = "replaced."  # Prefix of a folder's name while a new one takes its place.
-_CIFAR10_ARCHIVE = re.compile(r"cifar-10-(binary|python)\.tar\.gz")
 # name, name/config, either with :version. Namespaces ("huggingface:") would need the network.
 _TFDS_NAME = re.compile(r"\w+(/[\w.\-]+)?(:[\d*][\d.*]*)?")
 # TFDS's own sets load TensorFlow, which would talk, and take the GPU memory that JAX needs.
@@ -39,31 +38,18 @@ _TENSORFLOW = {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A prepared data set.
-
-    Attributes:
-        name: Its name, for `config.data.name`.
-        folder: Where it is.
-        splits: Number of images in each split.
-        class_names: By label.
-        ignored: Files of the input that are no images, links, or outside the class folders.
-        is_new: Whether it was prepared now; False if it was there already.
-    """
+    """A prepared data set."""
 
     name: str
     folder: Path
-    splits: Mapping[str, int]
-    class_names: tuple[str, ...]
-    ignored: int
-    is_new: bool
+    splits: Mapping[str, int]  # Number of images in each.
+    class_names: tuple[str, ...]  # By label.
+    ignored: int  # Files of the input that are no images, links, or outside the class folders.
+    is_new: bool  # Whether it was prepared now.
 
 
 def data_root(data_dir: str) -> Path:
-    """Returns the folder of all prepared data sets; "" stands for TFDS's default.
-
-    Raises:
-        InputError: It cannot be the path of a folder.
-    """
+    """Returns the folder of all prepared data sets; "" stands for TFDS's default."""
     return _usable_path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
@@ -89,7 +75,6 @@ def prepare_path(
     test_fraction: float = 0.2,
     overwrite: bool = False,
     progress: bool = True,
-    cifar10_sha256: Mapping[str, str] | None = None,
 ) -> Prepared:
     """Prepares a data set from an archive or a folder, unless it is prepared already.
 
@@ -104,8 +89,6 @@ def prepare_path(
         overwrite: Whether to replace a prepared set. The old one comes back if that fails; runs
             that ask for it meanwhile wait.
         progress: Whether to show bars on a terminal.
-        cifar10_sha256: The checksum to expect for each official archive's name; None for the real
-            ones.
 
     Raises:
         InputError: The path, the name, the fraction or anything in the data cannot be used.
@@ -119,9 +102,7 @@ def prepare_path(
         raise InputError(f"There is no file or folder {path}; check the path.")
     if not 0 < test_fraction < 1:
         raise InputError(f"The test fraction is {test_fraction}; it must be between 0 and 1.")
-    root = data_root(data_dir)
-    ignored = 0
-    is_cifar10 = _CIFAR10_ARCHIVE.fullmatch(path.name) is not None
+    is_cifar10 = path.name in builders.CIFAR10_SHA256
     if not is_cifar10:
         name = name or default_name(path)
         _check_own_name(name)
@@ -129,19 +110,20 @@ def prepare_path(
         raise InputError(
             f"{path.name} becomes the data set cifar10, not {name!r}; leave the name out."
         )
+    root = data_root(data_dir)
+    version = (builders.Cifar10Archive if is_cifar10 else builders.ImageBuilder).VERSION
+    folder = root / ("cifar10" if is_cifar10 else name) / str(version)
+    ignored = 0
 
     def create_builder() -> Any:
         nonlocal ignored
         if is_cifar10:
-            sha256 = cifar10_sha256 or builders.CIFAR10_SHA256
-            return builders.Cifar10Archive(path, root, sha256, progress)
+            return builders.Cifar10Archive(path, root, progress)
         labeled = trees.label_files(path, test_fraction, progress=progress)
         ignored = labeled.ignored
         return builders.class_folders(name, labeled, root, progress)
 
-    version = (builders.Cifar10Archive if is_cifar10 else builders.ImageBuilder).VERSION
-    folder = root / ("cifar10" if is_cifar10 else name) / str(version)
-    is_new = _prepare(folder, root, create_builder, overwrite=overwrite)
+    is_new = _prepare(folder, root, create_builder, overwrite)
     with quiet_tfds():
         info = tfds.builder_from_directory(folder).info
     splits = {split: part.num_examples for split, part in info.splits.items()}
@@ -150,24 +132,20 @@ def prepare_path(
 
 
 def prepare_digits(data_dir: str) -> None:
-    """Prepares scikit-learn's digits unless they are there already.
-
-    Raises:
-        InputError: The folder cannot be written.
-    """
+    """Prepares scikit-learn's digits unless they are there already."""
     from alexnet_jax.data.prepare import builders
 
     root = data_root(data_dir)
     folder = root / DIGITS / str(builders.ImageBuilder.VERSION)
-    _prepare(folder, root, lambda: builders.digits(root))
+    _prepare(folder, root, lambda: builders.digits(root), overwrite=False)
 
 
 def prepare_registered(name: str, data_dir: str, progress: bool = True) -> None:
     """Lets TFDS download and prepare one of its own data sets.
 
     Raises:
-        InputError: TFDS does not know the name, the files cannot be downloaded (within seconds
-            where there is no network) or TFDS cannot prepare them.
+        InputError: TFDS does not know the name, cannot prepare the files, or cannot download them
+            (within seconds where there is no network).
     """
     import tensorflow_datasets as tfds
 
@@ -185,15 +163,11 @@ def prepare_registered(name: str, data_dir: str, progress: bool = True) -> None:
         return builder
 
     bars = progress and sys.stderr.isatty()
-    _prepare(Path(builder.data_dir), root, create_builder, bars=bars)
+    _prepare(Path(builder.data_dir), root, create_builder, overwrite=False, bars=bars)
 
 
 def restore_replaced(name: str, data_dir: str) -> bool:
-    """Restores a set whose replacement was killed, or waits for the end of one that goes on.
-
-    Returns:
-        Whether there was one.
-    """
+    """Restores a set whose replacement was killed, or waits for it; False if there is none."""
     replaced = list((data_root(data_dir) / name).glob(f"{_REPLACED}*"))
     for folder in replaced:
         with _only_writer(folder.with_name(folder.name.removeprefix(_REPLACED))):
@@ -208,18 +182,17 @@ def add_array_record(builder: Any, progress: bool = True) -> None:
     TensorFlow and Apache Beam; both formats hold the same records, so copying them is enough.
 
     Args:
-        builder: A TFDS builder of the prepared set. Open it again to see the new files.
+        builder: A TFDS builder of the set, which does not see the new files: open it again.
         progress: Whether to show a bar on a terminal.
 
     Raises:
-        InputError: A file is missing or damaged, the format is another one, or the folder cannot
-            be written.
+        InputError: A file cannot be read or written, or the set is in another format.
     """
-    from tensorflow_datasets.core import file_adapters
+    from tensorflow_datasets.core.file_adapters import FileFormat, convert_path_to_file_format
 
     folder = Path(builder.data_dir)
     remedy = "remove that folder, or choose another --config.data.data_dir, to prepare it again"
-    if builder.info.file_format is not file_adapters.FileFormat.TFRECORD:
+    if builder.info.file_format is not FileFormat.TFRECORD:
         raise InputError(
             f"{folder} is prepared as {builder.info.file_format.value}, which cannot be read at "
             f"random here; {remedy}."
@@ -229,21 +202,22 @@ def add_array_record(builder: Any, progress: bool = True) -> None:
         formats = description.setdefault("alternativeFileFormats", [])
         if "array_record" in formats:  # Another process was faster.
             return
-        splits = builder.info.splits.values()
-        total = sum(split.num_examples for split in splits)
-        hidden = None if progress else True
+        shards = [
+            (Path(source), count)
+            for split in builder.info.splits.values()
+            for source, count in zip(split.filepaths, split.shard_lengths, strict=True)
+        ]
+        total = sum(count for _, count in shards)
+        hidden = not progress or None  # None: where it is no terminal.
         with tqdm(desc=f"Converting {builder.name}", total=total, disable=hidden) as bar:
-            for split in splits:
-                for source, count in zip(split.filepaths, split.shard_lengths, strict=True):
-                    target = file_adapters.convert_path_to_file_format(
-                        source, file_adapters.FileFormat.ARRAY_RECORD
-                    )
-                    try:
-                        tfrecord.copy_records(Path(source), Path(target), count, bar)
-                    except (OSError, ValueError, RuntimeError) as error:
-                        raise InputError(
-                            f"{source} cannot be converted ({error}); {remedy}."
-                        ) from error
+            for source, count in shards:
+                target = convert_path_to_file_format(source, FileFormat.ARRAY_RECORD)
+                try:
+                    tfrecord.copy_records(source, Path(target), count, bar)
+                except (OSError, ValueError, RuntimeError) as error:
+                    raise InputError(
+                        f"{source} cannot be converted ({error}); {remedy}."
+                    ) from error
         formats.append("array_record")
         # The new files count from here on; an interruption before this costs only time.
         files.write_json(folder / _INFO, description)
@@ -267,9 +241,8 @@ def run_builder(builder: Any, root: Path, bars: bool = False) -> None:
             f"`pip install {error.name}`."
         ) from error
     except Exception as error:  # Every one of TFDS's data sets fails in its own way.
-        raise InputError(
-            f"TFDS could not prepare {builder.name} in {root}: {_first_line(error)}."
-        ) from error
+        problem = f"TFDS could not prepare {builder.name} in {root}"
+        raise InputError(f"{problem}: {_first_line(error)}.") from error
 
 
 @contextlib.contextmanager
@@ -293,12 +266,7 @@ def quiet_tfds(bars: bool = False) -> Iterator[None]:
 
 
 def _prepare(
-    folder: Path,
-    root: Path,
-    create_builder: Callable[[], Any],
-    *,
-    overwrite: bool = False,
-    bars: bool = False,
+    folder: Path, root: Path, create_builder: Callable[[], Any], overwrite: bool, bars: bool = False
 ) -> bool:
     """Prepares `folder` unless it is prepared already; returns whether it did."""
     if is_prepared(folder) and not overwrite:

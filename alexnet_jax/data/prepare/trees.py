@@ -30,8 +30,7 @@ IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm"}
     | {".tif", ".tiff", ".webp"}
 )
-# Folder names that hold a split, and the split they hold.
-_TRAIN = "train"
+# Folder names beside "train", and the split they hold.
 _HELD_OUT = {"test": "test", "val": "validation", "validation": "validation", "valid": "validation"}
 # Images hardly compress, so an archive that unpacks to more than this was made to do harm.
 MAX_RATIO = 200
@@ -48,7 +47,7 @@ _EXTENDED_HEADERS = (
 # All that the standard library raises on bad bytes.
 _DAMAGE = (
     *(tarfile.TarError, zipfile.BadZipFile, zipfile.LargeZipFile, lzma.LZMAError, zlib.error),
-    *(EOFError, OSError, NotImplementedError, RuntimeError, ValueError, struct.error),
+    *(EOFError, OSError, RuntimeError, ValueError, struct.error),
 )
 _OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".tgz": gzip.open}
 _OPENERS |= {".xz": lzma.open, ".txz": lzma.open, ".bz2": bz2.open, ".tbz2": bz2.open}
@@ -56,17 +55,11 @@ ARCHIVE_SUFFIXES = frozenset({".tar", ".zip", *_OPENERS})
 
 
 class Entry(NamedTuple):
-    """A folder or a file of a tree.
+    """A folder or a file of a tree."""
 
-    Attributes:
-        name: Its path below the root, with forward slashes.
-        read: Returns the file's bytes; valid only until the walk goes on. None for folders, links
-            (which may lead anywhere), devices and pipes.
-        size: The file's bytes.
-        is_folder: Whether it is a folder.
-    """
-
-    name: str
+    name: str  # Its path below the root, with forward slashes.
+    # Returns the file's bytes, until the next entry is asked for. None for folders, devices, pipes,
+    # and links, which may lead anywhere.
     read: Callable[[], bytes] | None = None
     size: int = 0
     is_folder: bool = False
@@ -74,19 +67,12 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class LabeledFiles:
-    """The images of a tree with their splits and classes.
+    """The images of a tree with their splits and classes."""
 
-    Attributes:
-        path: The folder or archive.
-        class_names: Sorted.
-        splits: For each split, the class of every image by the image's path in the tree.
-        ignored: How many files are no images, no regular files, or outside the class folders.
-    """
-
-    path: Path
+    path: Path  # The folder or archive.
     class_names: tuple[str, ...]
-    splits: Mapping[str, Mapping[str, str]]
-    ignored: int
+    splits: Mapping[str, Mapping[str, str]]  # For each, the class by the image's path in the tree.
+    ignored: int  # Files that are no images, no regular files, or outside the class folders.
 
 
 def label_files(path: Path, test_fraction: float, *, progress: bool = False) -> LabeledFiles:
@@ -97,7 +83,7 @@ def label_files(path: Path, test_fraction: float, *, progress: bool = False) -> 
     be below common top folders.
 
     Args:
-        path: A folder, or a tar or zip archive.
+        path: As `walk` takes it.
         test_fraction: Share of each class that a tree without splits gives to test.
         progress: Whether to show a bar on a terminal.
 
@@ -105,24 +91,20 @@ def label_files(path: Path, test_fraction: float, *, progress: bool = False) -> 
         InputError: The archive cannot be read, there are fewer than two classes, or a class is
             empty, is in test alone, or has a name that cannot be stored.
     """
-    top, ignored, links = _Folder(PurePosixPath()), 0, 0
-    hidden = None if progress else True
-    for entry in tqdm(walk(path), f"Listing {path.name}", unit="file", disable=hidden):
-        parts = PurePosixPath(entry.name).parts
-        folder = top.descend(parts if entry.is_folder else parts[:-1])
-        if entry.is_folder:
-            continue
-        if entry.read is None:
-            links += 1
-        elif not _is_image(entry.name):
-            ignored += 1
-        elif entry.name in folder.images:
-            raise InputError(f"{path} holds {entry.name} twice; pack the archive again.")
-        else:
+    top, total, links = _Folder(PurePosixPath()), 0, 0
+    bar = tqdm(walk(path), f"Listing {path.name}", unit="file", disable=not progress or None)
+    for entry in bar:
+        place = PurePosixPath(entry.name)
+        folder = top.descend(place.parts if entry.is_folder else place.parts[:-1])
+        total += not entry.is_folder
+        links += entry.read is None and not entry.is_folder
+        if entry.read and place.suffix.lower() in IMAGE_SUFFIXES:
+            if entry.name in folder.images:
+                raise InputError(f"{path} holds {entry.name} twice; pack the archive again.")
             folder.images.add(entry.name)
     copy = f" Links in it were not followed ({links:,}); copy what they name." if links else ""
     splits = {split: _classes(root, path, copy) for split, root in _split_roots(top).items()}
-    class_names = tuple(sorted(splits[_TRAIN]))
+    class_names = tuple(sorted(splits["train"]))
     for split, classes in splits.items():
         for name in sorted(set(classes) - set(class_names)):
             raise InputError(f"{path} has the class {name} in {split} but not in train.")
@@ -130,7 +112,7 @@ def label_files(path: Path, test_fraction: float, *, progress: bool = False) -> 
         found = f"only the class folder {class_names[0]}" if class_names else "no class folder"
         raise InputError(f"{path} holds {found} with images; at least two are needed.{copy}")
     if len(splits) == 1:
-        splits = _hold_out(splits[_TRAIN], test_fraction)
+        splits = _hold_out(splits["train"], test_fraction)
     labels = {
         split: {name: label for label, names in classes.items() for name in names}
         for split, classes in splits.items()
@@ -139,21 +121,17 @@ def label_files(path: Path, test_fraction: float, *, progress: bool = False) -> 
         raise InputError(
             f"{path} has too few images for a test split of {test_fraction}; raise --test_fraction."
         )
-    ignored += links + len(top.all_images()) - sum(map(len, labels.values()))
-    return LabeledFiles(path, class_names, labels, ignored)
+    return LabeledFiles(path, class_names, labels, total - sum(map(len, labels.values())))
 
 
 def walk(path: Path) -> Iterator[Entry]:
-    """Yields the folders and files of a tree, in an order that does not change.
+    """Yields the entries of a folder, or a tar or zip archive, in an order that does not change.
 
     Hidden entries and what macOS adds to archives are left out.
 
-    Args:
-        path: A folder, or a tar or zip archive.
-
     Raises:
-        InputError: The path is neither, the archive is damaged, a file is too large for an image,
-            or there is more in the archive than an honest one can hold.
+        InputError: The path is none of these, the archive is damaged, an image is too large, or
+            there is more in the archive than an honest one can hold.
     """
     if path.is_dir():
         entries = _walk_folder(path)
@@ -175,9 +153,9 @@ def walk(path: Path) -> Iterator[Entry]:
             place = PurePosixPath(entry.name.lstrip("/"))
             if any(part.startswith(".") or part == "__MACOSX" for part in place.parts):
                 continue
-            if entry.read and _is_image(entry.name):
+            if entry.read and place.suffix.lower() in IMAGE_SUFFIXES:
                 check_file_size(entry.name, entry.size)
-            yield entry._replace(name=place.as_posix())
+            yield Entry(str(place), *entry[1:])
 
 
 @contextlib.contextmanager
@@ -215,7 +193,7 @@ def _walk_folder(path: Path) -> Iterator[Entry]:
 def _walk_tar(path: Path) -> Iterator[Entry]:
     opener = _OPENERS.get(path.suffix.lower(), Path.open)
     with opener(path, "rb") as packed:
-        file: Any = _Bounded(packed, path)  # Of a stream, tarfile uses nothing but read().
+        file: Any = _Bounded(packed, path)
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictTarInfo) as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # Or a million headers would pile up in memory.
@@ -244,15 +222,10 @@ def _walk_zip(path: Path) -> Iterator[Entry]:
                     f"{path} is packed by another method than deflate; pack it again, or unpack it "
                     "and give the folder."
                 )
-            is_file = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
-            read = functools.partial(_read_member, archive, member)
             is_folder = member.is_dir()
-            yield Entry(
-                member.filename,
-                read if is_file and not is_folder else None,
-                member.file_size,
-                is_folder,
-            )
+            is_file = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG) and not is_folder
+            read = functools.partial(_read_member, archive, member) if is_file else None
+            yield Entry(member.filename, read, member.file_size, is_folder)
 
 
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
@@ -261,12 +234,8 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
         return file.read(member.file_size)
 
 
-def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-
-
 class _Bounded:
-    """A decompressed stream that ends in an InputError where only a bomb would go on."""
+    """A decompressed stream, as tarfile reads it, that raises InputError for a bomb."""
 
     def __init__(self, file: Any, path: Path) -> None:
         self._file, self._path, self._total = file, path, 0
@@ -350,9 +319,9 @@ def _split_roots(root: _Folder) -> dict[str, _Folder]:
         root = only
     by_name = {name.lower(): folder for name, folder in sorted(root.folders.items())}
     # "train" may also be a class, next to "bus": then it has images of its own.
-    if _TRAIN not in by_name or not _has_only_folders(by_name[_TRAIN]):
-        return {_TRAIN: root}
-    roots = {_TRAIN: by_name[_TRAIN]}
+    if "train" not in by_name or not _has_only_folders(by_name["train"]):
+        return {"train": root}
+    roots = {"train": by_name["train"]}
     for name, split in _HELD_OUT.items():
         if name in by_name:
             roots.setdefault(split, by_name[name])
@@ -392,4 +361,4 @@ def _hold_out(
         ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
         count = min(round(len(ranked) * test_fraction), len(ranked) - 1)
         train[label], test[label] = ranked[count:], ranked[:count]
-    return {_TRAIN: train, "test": test}
+    return {"train": train, "test": test}
