@@ -202,9 +202,11 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
                     f"{folder / directory.METRICS} could not be completed; mend that and give "
                     "the same command again."
                 )
+            from alexnet_jax.experiments.report.page import plot_curves  # 0.5 s of Matplotlib
+
             records = writers.read_metrics(folder / directory.METRICS)
             title = f"{config.model.name} on {config.data.name}: {folder.name}"
-            report.plot_curves(records, folder / "curves.png", title)
+            plot_curves(records, folder / "curves.png", title)
             if not stopped:
                 # One of these results does not exist yet, whatever an earlier end has left.
                 (folder / directory.REPORT).unlink(missing_ok=True)
@@ -552,7 +554,9 @@ def _make_report(folder: Path) -> None:
         return
     log.info("Making the report.")
     try:
-        report.write_report(folder)
+        from alexnet_jax.experiments.report.page import write_report
+
+        write_report(folder)
     except (InputError, SaveFailed):
         raise
     except Exception as error:

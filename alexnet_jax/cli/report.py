@@ -34,11 +34,11 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(f"--output={output} must end in .html.")
     if output and not output.parent.is_dir():
         raise InputError(f"--output={output} is in no folder; create {output.parent} first.")
-    from alexnet_jax.experiments import report  # imports JAX, as --help does not
+    from alexnet_jax.experiments.report import page  # imports JAX, as --help does not
 
     if len(options.runs) == 1:
-        page = report.write_report(options.runs[0], output)
+        path = page.write_report(options.runs[0], output)
     else:
-        page = report.write_comparison(options.runs, output or Path("comparison.html"))
-    print(page)
+        path = page.write_comparison(options.runs, output or Path("comparison.html"))
+    print(path)
     print("Next: open it in a browser; it needs no internet connection.", file=sys.stderr)

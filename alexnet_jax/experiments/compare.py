@@ -9,8 +9,9 @@ import numpy as np
 
 from alexnet_jax.distributed.preemption import stop_requests
 from alexnet_jax.errors import EXIT_INTERRUPTED, InputError, shell_code
-from alexnet_jax.experiments import aggregate, launch, report
+from alexnet_jax.experiments import aggregate, launch
 from alexnet_jax.experiments.report import statistics
+from alexnet_jax.experiments.report.page import write_comparison
 from alexnet_jax.plots import curves as plots
 from alexnet_jax.plots import style
 from alexnet_jax.run import directory, files, writers
@@ -127,7 +128,7 @@ def compare(
     split = "validation" if all("validation" in run.results for run in runs) else "test"
     rows = [(name, *curves(group, split)) for name, group in zip(names, groups, strict=True)]
     files.write_bytes(workdir / FIGURE, style.png(plots.accuracy_over_time(rows, split)))
-    report.write_comparison([run.folder for run in runs], workdir / PAGE)
+    write_comparison([run.folder for run in runs], workdir / PAGE)
     return table
 
 

@@ -1,29 +1,21 @@
 """What a classifier gets right: confusion matrix, scores by class, reliability diagram."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 
 from alexnet_jax.plots import style
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _MAX_NUMBERED, _MAX_NAMED = 12, 40  # classes whose cells have numbers, whose rows have names
 _MAX_CELLS = 200  # in a row of a confusion matrix
 
 
 @style.applied()
-def confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> "Figure":
-    """Draws a confusion matrix; the darker a cell, the larger its share of the true class.
-
-    Args:
-        counts: int[classes, classes]; rows are true classes.
-        class_names: Of the rows.
-    """
-    from matplotlib.colors import to_rgba
-
+def confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Draws counts int[true class, predicted class] as shares of the true classes."""
     classes = len(counts)
     side = 4.2 + 2.2 * min(classes, _MAX_NAMED) / _MAX_NAMED + 0.8 * (classes > 5)
     figure, axes = style.subplots(side + 0.8, side)
@@ -57,13 +49,8 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> "Figure"
 
 
 @style.applied()
-def class_scores(scores: Mapping[str, np.ndarray], class_names: Sequence[str]) -> "Figure":
-    """Draws scores of each class, such as its precision; of many classes, sorted.
-
-    Args:
-        scores: Name to float[classes], 0..1; NaN is not drawn.
-        class_names: Of the classes.
-    """
+def class_scores(scores: Mapping[str, np.ndarray], class_names: Sequence[str]) -> Figure:
+    """Draws scores float[classes] of 0..1, such as precision; of many classes they are sorted."""
     classes = len(class_names)
     if classes > _MAX_NAMED:
         figure, axes = style.subplots(5, 3.6)
@@ -88,15 +75,10 @@ def class_scores(scores: Mapping[str, np.ndarray], class_names: Sequence[str]) -
 
 
 @style.applied()
-def reliability_diagram(
-    counts: np.ndarray, confidence: np.ndarray, accuracy: np.ndarray
-) -> "Figure":
-    """Draws accuracy by confidence, and how many predictions have that confidence.
+def reliability_diagram(counts: np.ndarray, confidence: np.ndarray, accuracy: np.ndarray) -> Figure:
+    """Draws accuracy by confidence, and the share of predictions, in bins of equal width over 0..1.
 
-    Args:
-        counts: int[bins], predictions in bins of equal width over 0..1.
-        confidence: float[bins], their mean; NaN in an empty bin.
-        accuracy: float[bins], likewise.
+    Accuracy and mean confidence are NaN in an empty bin.
     """
     figure, (upper, lower) = style.subplots(5, 4.4, nrows=2, sharex=True, height_ratios=(3, 1))
     bins = len(counts)

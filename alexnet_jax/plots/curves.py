@@ -1,15 +1,13 @@
 """Curves over epochs or time: loss, accuracy, learning rate, throughput, runs compared."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from alexnet_jax.plots import style
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # split to (epochs, values)
 
@@ -29,15 +27,12 @@ _MAX_POINTS = 500  # of a curve: more make a page slow and show no more
 
 
 @style.applied()
-def metric_curves(runs: Mapping[str, Sequence[Curves]], title: str = "") -> "Figure":
-    """Draws loss or accuracy over the epochs, or both side by side.
+def metric_curves(runs: Mapping[str, Sequence[Curves]], title: str = "") -> Figure:
+    """Draws "loss" and "accuracy", or one of them, over the epochs.
 
-    Args:
-        runs: "loss" or "accuracy" to the curves of each run. For several runs, which must have the
-            same splits and epochs, the mean is drawn, and the range around it.
-        title: Of the figure.
+    Of several runs, which must have the same splits and epochs, the mean and the range are drawn.
     """
-    figure, row = style.subplots(5 * len(runs), 4, title, ncols=len(runs), squeeze=False)
+    figure, row = style.subplots(5 * len(runs), 4, ncols=len(runs), squeeze=False)
     for axes, (metric, curves) in zip(row[0], runs.items(), strict=True):
         for split, (label, color, line) in SPLITS.items():
             if split in curves[0]:
@@ -47,12 +42,14 @@ def metric_curves(runs: Mapping[str, Sequence[Curves]], title: str = "") -> "Fig
                 if len(curves) > 1:
                     _band(axes, epochs, values.min(0), values.max(0), color)
         _label(axes, "epoch", "cross-entropy (nats)" if metric == "loss" else metric)
+    if title:
+        figure.suptitle(title)
     style.legend_below(figure, row[0, 0], len(SPLITS) if len(runs) > 1 else 2)
     return figure
 
 
 @style.applied()
-def learning_rate(epochs: np.ndarray, rates: np.ndarray) -> "Figure":
+def learning_rate(epochs: np.ndarray, rates: np.ndarray) -> Figure:
     """Draws the learning rate of each step."""
     figure, axes = style.subplots(5, 3)
     shown = evenly_spaced(len(epochs), _MAX_POINTS)
@@ -63,7 +60,7 @@ def learning_rate(epochs: np.ndarray, rates: np.ndarray) -> "Figure":
 
 
 @style.applied()
-def throughput(epochs: np.ndarray, images_per_second: np.ndarray) -> "Figure":
+def throughput(epochs: np.ndarray, images_per_second: np.ndarray) -> Figure:
     """Draws the median of the throughput in 100 stretches of the run, and 80% of its values."""
     figure, axes = style.subplots(5, 3)
     stretches = np.array_split(np.arange(len(epochs)), min(len(epochs), 100))
@@ -81,13 +78,10 @@ def throughput(epochs: np.ndarray, images_per_second: np.ndarray) -> "Figure":
 
 
 @style.applied()
-def compare_runs(runs: Mapping[str, Curves], metric: str) -> "Figure":
-    """Draws the same curve of several runs.
+def compare_runs(runs: Mapping[str, Curves], metric: str) -> Figure:
+    """Draws the training loss of several runs, or their validation accuracy.
 
-    Args:
-        runs: Name of a run to its curves of the metric.
-        metric: "loss", for the training images; or "accuracy", for the validation images, with a
-            diamond for the test set; both of averaged weights, where a run has them.
+    A diamond is the accuracy on the test set. Averaged weights count, where a run has them.
     """
     figure, axes = style.subplots(5, 4)
     split = "train" if metric == "loss" else "validation"
@@ -104,12 +98,10 @@ def compare_runs(runs: Mapping[str, Curves], metric: str) -> "Figure":
 
 
 @style.applied()
-def accuracy_over_time(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], split: str) -> "Figure":
+def accuracy_over_time(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], split: str) -> Figure:
     """Draws accuracy over the time of training, with its standard deviation over the seeds.
 
-    Args:
-        rows: Name; seconds float[epochs]; accuracies float[seeds, epochs], 0..1.
-        split: What the accuracy is of.
+    A row is a name, seconds float[epochs], and accuracies float[seeds, epochs] of 0..1.
     """
     figure, axes = style.subplots(7, 4.5)
     longest = max((seconds[-1] for _, seconds, _ in rows if len(seconds)), default=0.0)
@@ -131,7 +123,7 @@ def evenly_spaced(length: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int))
 
 
-def _label(axes: "Axes", xlabel: str, ylabel: str) -> None:
+def _label(axes: Axes, xlabel: str, ylabel: str) -> None:
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_xlim(left=0)
     if xlabel == "epoch":
@@ -145,11 +137,11 @@ def _series(index: int) -> dict[str, str]:
     return {"color": style.SERIES[index % len(style.SERIES)], "linestyle": line}
 
 
-def _plot(axes: "Axes", x: Any, y: Any, **options: Any) -> None:
+def _plot(axes: Axes, x: Any, y: Any, **options: Any) -> None:
     # A line of one point would be invisible, and hundreds of points a caterpillar.
     marker = "o" if len(x) == 1 else "." if len(x) <= 40 else ""
     axes.plot(x, y, marker=marker, **options)
 
 
-def _band(axes: "Axes", x: Any, low: Any, high: Any, color: str) -> None:
+def _band(axes: Axes, x: Any, low: Any, high: Any, color: str) -> None:
     axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)

@@ -1,26 +1,15 @@
 """Grids of images and of filters."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from alexnet_jax.plots import style
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 def tile(images: np.ndarray, gap: int = 1) -> np.ndarray:
-    """Lays images out in a grid.
-
-    Args:
-        images: uint8[rows, columns, H, W, 3 or 4].
-        gap: Transparent pixels between them.
-
-    Returns:
-        uint8[rows * (H + gap) - gap, columns * (W + gap) - gap, 4].
-    """
+    """Lays out images uint8[rows, columns, H, W, 3 or 4] in one, with transparent gaps."""
     if images.shape[-1] == 3:
         images = np.pad(images, [(0, 0)] * 4 + [(0, 1)], constant_values=255)
     images = np.pad(images, [(0, 0), (0, 0), (0, gap), (0, gap), (0, 0)])
@@ -52,7 +41,7 @@ def enlarge(image: np.ndarray, min_width: int = 640) -> np.ndarray:
 
 
 @style.applied()
-def captioned_images(images: np.ndarray, captions: Sequence[str]) -> "Figure":
+def captioned_images(images: np.ndarray, captions: Sequence[str]) -> Figure:
     """Lays out images uint8[M, H, W, C] with a caption of two lines below each."""
     columns = min(6, len(images))
     rows = -(-len(images) // columns)

@@ -8,18 +8,19 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
+import matplotlib.style
 import numpy as np
 from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-if TYPE_CHECKING:  # Matplotlib takes 0.5 s to import, which only drawing needs
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
-
-# In an SVG each of these becomes a CSS variable of the page (see base.html.jinja).
+# As in figures.mplstyle. In an SVG each becomes a CSS variable of the page (base.html.jinja).
 INK, MUTED, LINE = "#1f2328", "#59636e", "#d1d9e0"
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0969da", "#bc4c00", "#1a7f37", "#cf222e", "#8250df"
 TEAL, PINK, YELLOW = "#1b7c83", "#bf3989", "#7d4e00"
@@ -27,66 +28,41 @@ SERIES = (BLUE, ORANGE, GREEN, RED, PURPLE, TEAL, PINK, YELLOW)
 _VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line"} | {
     color: f"series-{i}" for i, color in enumerate(SERIES)
 }
-_SETTINGS: dict[Any, Any] = {
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 120,
-    "text.color": INK,
-    "text.parse_math": False,  # a class may be called "$x^{"
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": LINE,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text
-}
 
 
 @contextmanager
 def applied() -> Iterator[None]:
     """Applies the style while a figure is drawn or saved."""
-    import matplotlib
-
-    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+    with matplotlib.style.context("alexnet_jax.plots.figures"), warnings.catch_warnings():
         # Else there is one for each letter of a class name that the font lacks.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
         yield
 
 
-def subplots(width: float, height: float, title: str = "", **grid: Any) -> tuple["Figure", Any]:
+def subplots(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
     """Creates a figure of that size in inches; returns it and what `Figure.subplots` returns."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height))
-    if title:
-        figure.suptitle(title)
     return figure, figure.subplots(**grid)
 
 
-def percent(axis: "Axis") -> None:
+def percent(axis: Axis) -> None:
     """Labels an axis of shares in percent."""
     axis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
 
 
-def whole_numbers(axis: "Axis") -> None:
+def whole_numbers(axis: Axis) -> None:
     """Labels an axis at whole numbers only."""
-    from matplotlib.ticker import MaxNLocator
-
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def legend_above(axes: "Axes", **options: Any) -> None:
+def legend_above(axes: Axes, **options: Any) -> None:
     """Adds a legend where no data can be."""
     entries = axes.get_legend_handles_labels()
     axes.legend(*entries, loc="lower left", bbox_to_anchor=(0, 1), **options)
 
 
-def legend_below(figure: "Figure", axes: "Axes", columns: int) -> None:
+def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
     """Adds one legend for all axes of a figure."""
     entries = axes.get_legend_handles_labels()
     figure.legend(*entries, loc="outside lower center", ncols=columns)
@@ -98,7 +74,7 @@ def short(name: str, length: int = 18) -> str:
 
 
 @applied()
-def png(figure: "Figure") -> bytes:
+def png(figure: Figure) -> bytes:
     """Returns a figure as a PNG file, on white."""
     content = io.BytesIO()
     figure.savefig(content, format="png", facecolor="white")
@@ -106,7 +82,7 @@ def png(figure: "Figure") -> bytes:
     return content.getvalue()
 
 
-def pixels(figure: "Figure") -> np.ndarray:
+def pixels(figure: Figure) -> np.ndarray:
     """Returns a figure as an image uint8[H, W, 3], on white."""
     return np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB"))
 
@@ -119,15 +95,11 @@ def image_png(image: np.ndarray) -> bytes:
 
 
 @applied()
-def svg(figure: "Figure", name: str, label: str) -> Markup:
+def svg(figure: Figure, name: str, label: str) -> Markup:
     """Returns a figure as an SVG element whose colors follow the page.
 
-    Args:
-        figure: The figure.
-        name: Letters and hyphens, unique in the page.
-        label: What it shows, for screen readers.
+    Its name is unique in the page; the label says what it shows, for screen readers.
     """
-    import matplotlib
 
     def restyle(tag: re.Match[str]) -> str:
         text = re.sub(r'\b(id="|url\(#|xlink:href="#)', rf"\g<1>{name}-", tag[0])
@@ -139,8 +111,7 @@ def svg(figure: "Figure", name: str, label: str) -> Markup:
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(content, format="svg", transparent=True, metadata=metadata)
-    text = content.getvalue()
-    text = re.sub(r"<[^>]*>", restyle, text[text.index("<svg") :])
+    text = re.sub(r"<[^>]*>", restyle, "<svg" + content.getvalue().partition("<svg")[2])
     width = figure.get_figwidth() * 96
     head = f'<svg role="img" aria-label="{escape(label)}" style="max-width: {width:.0f}px"'
     return Markup(text.replace("<svg", head, 1))

@@ -1,15 +1,14 @@
 """The trials of a search for hyperparameters."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from alexnet_jax.plots import style
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Trial = tuple[str, float | None, Mapping[str, Any]]  # state, accuracy, options
 _STATES = {
@@ -21,16 +20,11 @@ _STATES = {
 @style.applied()
 def search(
     trials: Sequence[Trial], importances: Mapping[str, float], logarithmic: Collection[str] = ()
-) -> "Figure":
-    """Draws the trials of a search: accuracy by trial, importances, accuracy by each option.
+) -> Figure:
+    """Draws accuracy by trial, the importance of each option, and accuracy by each option.
 
-    Args:
-        trials: State ("complete", "pruned" or "fail"), accuracy and options, in order.
-        importances: Share of the variance that each option explains; may be empty.
-        logarithmic: Options to draw on a logarithmic axis.
+    The state of a trial is "complete", "pruned" or "fail". Importances are shares of the variance.
     """
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(name for *_, options in trials for name in options))
     columns = min(3, max(2, len(names)))
     places = names + ["."] * (-len(names) % columns)
@@ -45,7 +39,7 @@ def search(
     return figure
 
 
-def _draw_history(axes: "Axes", trials: Sequence[Trial]) -> None:
+def _draw_history(axes: Axes, trials: Sequence[Trial]) -> None:
     for state, (label, color, marker) in _STATES.items():
         points = [(i, a) for i, (s, a, _) in enumerate(trials, 1) if s == state and a is not None]
         if not points:
@@ -61,7 +55,7 @@ def _draw_history(axes: "Axes", trials: Sequence[Trial]) -> None:
     style.legend_above(axes, ncols=3)
 
 
-def _draw_importances(axes: "Axes", importances: Mapping[str, float]) -> None:
+def _draw_importances(axes: Axes, importances: Mapping[str, float]) -> None:
     axes.set_xlabel("share of the variance explained")
     if not importances:
         axes.text(0.5, 0.5, "too few trials to tell", ha="center", color=style.MUTED)
@@ -73,9 +67,7 @@ def _draw_importances(axes: "Axes", importances: Mapping[str, float]) -> None:
     style.percent(axes.xaxis)
 
 
-def _draw_option(axes: "Axes", trials: Sequence[Trial], name: str, *, logarithmic: bool) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
+def _draw_option(axes: Axes, trials: Sequence[Trial], name: str, *, logarithmic: bool) -> None:
     for state, (_, color, marker) in _STATES.items():
         found = [(options[name], a) for s, a, options in trials if s == state and name in options]
         points = [(value, accuracy) for value, accuracy in found if accuracy is not None]

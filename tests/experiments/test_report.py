@@ -14,15 +14,8 @@ from PIL import Image
 from alexnet_jax.cli import report as program
 from alexnet_jax.config import default_config, flatten
 from alexnet_jax.errors import InputError
-from alexnet_jax.experiments.report import (
-    class_table,
-    epoch_curves,
-    inputs,
-    plot_curves,
-    statistics,
-    write_report,
-)
-from alexnet_jax.experiments.report.page import compact
+from alexnet_jax.experiments.report import class_table, epoch_curves, inputs, statistics
+from alexnet_jax.experiments.report.page import compact, plot_curves, write_report
 from alexnet_jax.plots import curves
 from alexnet_jax.plots import images as plots
 from alexnet_jax.run import files
@@ -496,7 +489,7 @@ def test_runs_are_compared(comparison):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["{tmp}"], "it has no config.json; name the --workdir of a run"),
+        (["{tmp}"], "it has no config.json of a run; name the --workdir of one"),
         (["{run}", "--output=page.txt"], "--output=page.txt must end in .html"),
         (["{run}", "--output={tmp}/no/page.html"], "is in no folder; create"),
     ],

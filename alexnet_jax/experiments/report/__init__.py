@@ -3,14 +3,6 @@
 `inputs` are what a run saves for it; `statistics` are computed from them; `page` shows them.
 """
 
-from alexnet_jax.experiments.report.page import plot_curves, write_comparison, write_report
 from alexnet_jax.experiments.report.statistics import class_table, epoch_curves, reported_split
 
-__all__ = [
-    "class_table",
-    "epoch_curves",
-    "plot_curves",
-    "reported_split",
-    "write_comparison",
-    "write_report",
-]
+__all__ = ["class_table", "epoch_curves", "reported_split"]

@@ -78,8 +78,7 @@ class Predictions:
         """Returns index int32[M] and images uint8[M, H, W, C] of the most confident errors."""
         self._fetch()
         found = {"misclassified_index": np.array([i for _, i, _ in self._misclassified], np.int32)}
-        if self._misclassified:
-            images = [_shrink(image) for *_, image in self._misclassified]
+        if images := [_shrink(image) for *_, image in self._misclassified]:
             found["misclassified_images"] = np.stack(images)
         return found
 
@@ -92,7 +91,7 @@ def _shrink(image: np.ndarray) -> np.ndarray:
 
 
 def augmented(images: np.ndarray, augment: Augment, seed: int) -> Arrays:
-    """Returns `samples` uint8[versions, n, h, w, C]: images, center-cropped, then augmented."""
+    """Returns `samples` uint8[versions, n, h, w, C]: the images, then their augmentations."""
     keys = jax.random.split(jax.random.key(seed), _AUGMENTED)
     changed = jax.device_get(jax.jit(jax.vmap(augment, in_axes=(0, None)))(keys, images))
     changed = np.clip(np.round(changed), 0, 255).astype(np.uint8)  # colors may leave the range
@@ -103,10 +102,7 @@ def augmented(images: np.ndarray, augment: Augment, seed: int) -> Arrays:
 
 
 def first_filters(variables: Any, channels: int) -> Arrays:
-    """Returns `filters` float32[n, height, width, channels], the kernels of the first convolution.
-
-    That is the first kernel with as many inputs as images have channels; there may be none.
-    """
+    """Returns `filters` float32[n, h, w, channels] of the first convolution of images, if any."""
     for leaf in jax.tree.leaves(variables):
         if leaf.ndim == 4 and leaf.shape[2] == channels:
             return {"filters": np.moveaxis(np.asarray(leaf, np.float32)[..., :_FILTERS], -1, 0)}
@@ -114,10 +110,7 @@ def first_filters(variables: Any, channels: int) -> Arrays:
 
 
 def histograms(params: Any) -> Arrays:
-    """Returns a histogram of each parameter array, as TensorBoard stores it.
-
-    Its name is "histograms/" and the path; it is float64[bins, 3] of left edge, right edge, count.
-    """
+    """Returns histograms as TensorBoard has them, float64[bins, 3] of left edge, right, count."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         values = np.asarray(leaf, np.float32).ravel()
@@ -140,13 +133,7 @@ def write_inputs(
 ) -> None:
     """Writes ``predictions.npz`` and ``report.npz``.
 
-    Args:
-        folder: The run folder.
-        predictions: For the whole test set.
-        samples: uint8[n, H, W, C], some training images.
-        augment: The augmentation of training.
-        variables: Of the network that made the predictions.
-        seed: Of the augmentation.
+    `samples` are some training images uint8[n, H, W, C]; `variables` made the predictions.
     """
     files.write_npz(folder / directory.PREDICTIONS, predictions.arrays())
     files.write_npz(
@@ -159,14 +146,7 @@ def write_inputs(
 
 
 def write_environment(folder: Path, model: str, devices: str, processes: int) -> None:
-    """Writes ``environment.json`` and ``model.txt``.
-
-    Args:
-        folder: The run folder.
-        model: The description by `models.describe`.
-        devices: Their number and kind.
-        processes: The number of processes that train.
-    """
+    """Writes ``environment.json``, and into ``model.txt`` what `models.describe` returns."""
     environment = {
         # The command of this process; python's own path says nothing elsewhere.
         "command": shlex.join(["python", *sys.orig_argv[1:]]),

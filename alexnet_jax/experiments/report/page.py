@@ -2,11 +2,12 @@
 
 import base64
 import datetime
-import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jinja2
 import numpy as np
+from matplotlib.figure import Figure
 
 from alexnet_jax.config import default_config, flatten
 from alexnet_jax.distributed.replicas import show_accuracy
@@ -16,40 +17,24 @@ from alexnet_jax.plots import classes, curves, images, style
 from alexnet_jax.run import directory, files
 from alexnet_jax.run.writers import duration, read_metrics
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 NOTHING = "\N{EN DASH}"  # for a value that does not exist
 _MAX_PAIRS = 10  # of classes that are confused
 _MAX_CLASSES = 20  # in the open table; another one, folded, has all
 # Of arrays in the report.npz of earlier versions.
-_OLD_NAMES = {
-    "mistake_index": "misclassified_index",
-    "mistake_pictures": "misclassified_images",
-}
+_OLD_NAMES = {"mistake_index": "misclassified_index", "mistake_pictures": "misclassified_images"}
 
 
 class ReportRun:
-    """The files of a run folder; empty where one does not exist (yet).
-
-    Raises:
-        InputError: It is not a run folder, or a file in it is damaged.
-    """
+    """The files of a run folder; empty where one does not exist (yet)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder = folder.expanduser().absolute()
-        self.config: dict[str, Any] = files.read_json(folder / directory.CONFIG)
-        if self.config is None:
+        self.config: dict[str, Any] = files.read_json(folder / directory.CONFIG) or {}
+        if not {"model.name", "data.name"} <= self.config.keys():
             raise InputError(
-                f"{folder} is not a run folder: it has no {directory.CONFIG}; name the --workdir "
-                "of a run."
+                f"{folder} is not a run folder: it has no {directory.CONFIG} of a run; name the "
+                "--workdir of one."
             )
-        for key in ("model.name", "data.name"):
-            if key not in self.config:
-                raise InputError(
-                    f"{folder / directory.CONFIG} is damaged (it lacks {key}); restore it from a "
-                    "copy."
-                )
         self.dataset = files.read_json(folder / directory.DATASET) or {}
         self.records = read_metrics(folder / directory.METRICS)
         self.results = files.read_json(folder / directory.RESULTS) or {}
@@ -70,15 +55,9 @@ def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def write_report(folder: Path, page: Path | None = None) -> Path:
-    """Writes the report of a run, finished or not.
+    """Writes the report of a run, finished or not, and returns its path.
 
-    Args:
-        folder: The run folder.
-        page: Where to write the page alone; None writes ``report.html`` and the figures as PNG
-            files into the run folder.
-
-    Returns:
-        Where the page is.
+    That is `page`; or ``report.html`` in the run folder, with the figures as PNG files beside it.
 
     Raises:
         InputError: It is not a run folder, or a file in it is damaged.
@@ -86,17 +65,17 @@ def write_report(folder: Path, page: Path | None = None) -> Path:
     """
     run = ReportRun(folder)
     context = _context(run)
-    figures, grids = _draw(run, context), _image_grids(run.arrays)
     if page is None:
-        pngs = {name: style.png(figure) for name, figure in figures.items()}
-        pngs |= {name: style.image_png(images.enlarge(grid)) for name, grid in grids.items()}
+        pngs = {name: style.png(figure) for name, figure in context["figures"].items()}
+        for name, grid in context["grids"].items():
+            pngs[name] = style.image_png(images.enlarge(grid))
         for name, content in pngs.items():
             files.write_bytes(run.folder / directory.FIGURES / f"{name}.png", content)
         for path in (run.folder / directory.FIGURES).glob("*.png"):
             if path.stem not in pngs:  # of an earlier report
                 path.unlink(missing_ok=True)
         page = run.folder / directory.REPORT
-    _write_page(page, "report.html.jinja", figures, grids=grids, **context)
+    _write_page(page, "report.html.jinja", context)
     return page
 
 
@@ -115,53 +94,14 @@ def write_comparison(folders: list[Path], page: Path) -> Path:
         by_run = {name: statistics.epoch_curves(r.records, metric) for name, r in runs.items()}
         figures[metric] = curves.compare_runs(by_run, metric)
     differences = statistics.differences([run.config for run in runs.values()])
-    _write_page(page, "comparison.html.jinja", figures, runs=runs, differences=differences)
+    context = {"runs": runs, "differences": differences, "figures": figures}
+    _write_page(page, "comparison.html.jinja", context)
     return page
 
 
 def _context(run: ReportRun) -> dict[str, Any]:
-    """Computes what the template shows."""
-    names = run.dataset.get("class_names", [])
-    context: dict[str, Any] = {
-        "run": run,
-        "names": names,
-        "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "labels": {split: label for split, (label, *_) in curves.SPLITS.items()},
-        "evaluated": run.split.removesuffix("_ema"),  # "test", or "validation" without a test
-        "options": _options(run.config),
-        "model": _model_table(run.model),
-    }
-    if not (run.results and names):
-        return context
-    confusion = np.array(run.results[run.split]["confusion"])
-    scores = statistics.class_scores(confusion)
-    rows = list(zip(names, *scores, statistics.most_confused(confusion), strict=True))
-    context |= {"confusion": confusion, "scores": scores, "classes": rows}
-    context["worst_classes"] = sorted(rows, key=lambda row: (not row[4], row[3]))[:_MAX_CLASSES]
-    context["pairs"] = statistics.confused_pairs(confusion, _MAX_PAIRS)
-    if not run.predictions:
-        return context
-    label, top, probabilities, label_probability = (
-        run.predictions[name] for name in ("label", "classes", "probabilities", "label_probability")
-    )
-    confidence, correct = probabilities[:, 0], top[:, 0] == label
-    indices = run.arrays.get("misclassified_index", np.zeros(0, int))
-    return context | {
-        "calibration": statistics.calibration(confidence, correct),
-        "mean_confidence": confidence.mean(),
-        "errors": int((~correct).sum()),
-        "k": top.shape[1] if len(names) > top.shape[1] > 1 else None,
-        "top_k_accuracy": (top == label[:, None]).any(axis=1).mean(),
-        "misclassified": [  # index, image, true and predicted class, probabilities of both
-            (i, image, names[label[i]], names[top[i, 0]], label_probability[i], confidence[i])
-            for i, image in zip(indices, run.arrays.get("misclassified_images", ()), strict=True)
-        ],
-    }
-
-
-def _draw(run: ReportRun, context: dict[str, Any]) -> dict[str, "Figure"]:
-    """Draws the figures of a report, as far as there are data for them."""
-    figures = {}
+    """Computes and draws what the template shows, as far as there are data for it."""
+    figures: dict[str, Figure] = {}
     if any(record["split"] == "train" for record in run.records):
         for metric in ("loss", "accuracy"):
             found = statistics.epoch_curves(run.records, metric)
@@ -170,43 +110,75 @@ def _draw(run: ReportRun, context: dict[str, Any]) -> dict[str, "Figure"]:
         figures["learning_rate"] = curves.learning_rate(*rates)
     if len(run.throughput[0]):
         figures["throughput"] = curves.throughput(*run.throughput)
-    if "confusion" in context:
-        names, scores = context["names"], context["scores"]
-        figures["confusion"] = classes.confusion_matrix(context["confusion"], names)
-        figures["scores"] = classes.class_scores(
-            {"precision": scores.precision, "recall": scores.recall, "F1": scores.f1}, names
-        )
-    if "calibration" in context:
-        figures["calibration"] = classes.reliability_diagram(*context["calibration"][:3])
-    if context.get("misclassified"):
+    draw = {"samples": images.tile, "filters": images.filter_grid}
+    context = {
+        "run": run,
+        "figures": figures,
+        "names": run.dataset.get("class_names", []),
+        "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "splits": curves.SPLITS,
+        "evaluated": run.split.removesuffix("_ema"),  # "test", or "validation" without a test
+        "grids": {name: draw[name](run.arrays[name]) for name in draw if name in run.arrays},
+        "defaults": _defaults(run.config["model.name"]),
+        "model": _model_table(run.model),
+    }
+    if run.results and context["names"]:
+        context |= _classes(run, context["names"], figures)
+        if run.predictions:
+            context |= _predictions(run, context["names"], figures)
+    return context
+
+
+def _classes(run: ReportRun, names: list[str], figures: dict[str, Figure]) -> dict[str, Any]:
+    confusion = np.array(run.results[run.split]["confusion"])
+    scores = statistics.class_scores(confusion)
+    drawn = {"precision": scores.precision, "recall": scores.recall, "F1": scores.f1}
+    figures["confusion"] = classes.confusion_matrix(confusion, names)
+    figures["scores"] = classes.class_scores(drawn, names)
+    rows = list(zip(names, *scores, statistics.most_confused(confusion), strict=True))
+    return {
+        "classes": rows,
+        "worst_classes": sorted(rows, key=lambda row: (not row[4], row[3]))[:_MAX_CLASSES],
+        "macro": scores.macro,
+        "pairs": statistics.confused_pairs(confusion, _MAX_PAIRS),
+    }
+
+
+def _predictions(run: ReportRun, names: list[str], figures: dict[str, Figure]) -> dict[str, Any]:
+    label, top, probabilities, label_probability = (
+        run.predictions[name] for name in ("label", "classes", "probabilities", "label_probability")
+    )
+    confidence, correct = probabilities[:, 0], top[:, 0] == label
+    calibration = statistics.calibration(confidence, correct)
+    figures["calibration"] = classes.reliability_diagram(*calibration[:3])
+    indices = run.arrays.get("misclassified_index", np.zeros(0, int))
+    misclassified = [
+        (i, image, names[label[i]], names[top[i, 0]], label_probability[i], confidence[i])
+        for i, image in zip(indices, run.arrays.get("misclassified_images", ()), strict=True)
+    ]
+    if misclassified:
         captions = [
             f"{style.short(predicted)} {confidence:.0%}\nis {style.short(true)}"
-            for _, _, true, predicted, _, confidence in context["misclassified"]
+            for _, _, true, predicted, _, confidence in misclassified
         ]
-        figures["misclassified"] = images.captioned_images(
-            run.arrays["misclassified_images"], captions
-        )
-    return figures
+        shown = run.arrays["misclassified_images"]
+        figures["misclassified"] = images.captioned_images(shown, captions)
+    return {
+        "calibration": calibration,
+        "mean_confidence": confidence.mean(),
+        "errors": int((~correct).sum()),
+        "k": top.shape[1] if len(names) > top.shape[1] > 1 else None,
+        "top_k_accuracy": (top == label[:, None]).any(axis=1).mean(),
+        "misclassified": misclassified,
+    }
 
 
-def _image_grids(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    draw = {"samples": images.tile, "filters": images.filter_grid}
-    return {name: draw[name](arrays[name]) for name in draw if name in arrays}
-
-
-def _options(config: dict[str, Any]) -> list[dict[str, str]]:
-    """Lists the options of a config, with the defaults of those that have another value."""
+def _defaults(model: str) -> dict[str, Any]:
     try:
-        defaults = dict(flatten(default_config(config["model.name"])))
+        defaults = dict(flatten(default_config(model)))
     except InputError:  # a model that this version does not have
-        defaults = {}
-    rows = []
-    for key, value in config.items():
-        default = defaults.get(key, value)
-        default = list(default) if isinstance(default, tuple) else default
-        shown = show(default) if default != value else ""
-        rows.append({"key": key, "value": show(value), "default": shown})
-    return rows
+        return {}
+    return {key: list(x) if isinstance(x, tuple) else x for key, x in defaults.items()}
 
 
 def _model_table(text: str) -> dict[str, Any]:
@@ -245,9 +217,9 @@ def data_uri(image: np.ndarray) -> str:
     return f"data:image/png;base64,{base64.b64encode(style.image_png(image)).decode()}"
 
 
-@functools.cache
-def _templates() -> Any:
-    import jinja2  # only a page needs it
+def _write_page(path: Path, template: str, context: dict[str, Any]) -> None:
+    def svg(name: str, label: str) -> str:
+        return style.svg(context["figures"][name], name.replace("_", "-"), label)
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -258,12 +230,5 @@ def _templates() -> Any:
     )
     for function in (compact, data_uri, duration, np.median, percent, show, show_accuracy):
         environment.filters[function.__name__] = function
-    return environment
-
-
-def _write_page(path: Path, template: str, figures: dict[str, "Figure"], **context: Any) -> None:
-    def svg(name: str, label: str) -> str:
-        return style.svg(figures[name], name.replace("_", "-"), label)
-
-    page = _templates().get_template(template).render(figures=figures, svg=svg, **context)
+    page = environment.get_template(template).render(context, svg=svg)
     files.write_text(path, page)

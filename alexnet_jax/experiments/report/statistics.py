@@ -12,11 +12,9 @@ Record = dict[str, Any]  # a line of metrics.jsonl
 
 
 def by_epoch(records: list[Record]) -> list[Record]:
-    """Merges the training records of each epoch; all others stay as they are.
+    """Merges the training records of each epoch: loss and accuracy become means over its images.
 
-    Returns:
-        Records with "step", "epoch" and "split" of the last in the epoch, the number of "images",
-        and loss and accuracy, also of each seed, as means over these images.
+    All other records stay as they are.
     """
     merged: list[Record] = []
     for epoch, group in itertools.groupby(records, _training_epoch):
@@ -57,18 +55,13 @@ def epoch_curves(records: list[Record], metric: str) -> dict[str, tuple[list, li
 def by_seed(records: list[Record]) -> list[list[Record]]:
     """Separates the records of a run of many seeds, whose metrics are lists in "NAME_each"."""
     each = "_each"
-    counts = [len(value) for r in records for name, value in r.items() if name.endswith(each)]
-    return [
-        [
-            {
-                name: record[name + each][index] if name + each in record else value
-                for name, value in record.items()
-                if not name.endswith(each)
-            }
-            for record in records
-        ]
-        for index in range(max(counts, default=1))
-    ]
+    seeds = [len(value) for r in records for name, value in r.items() if name.endswith(each)]
+
+    def of_seed(record: Record, seed: int) -> Record:
+        plain = {name: value for name, value in record.items() if not name.endswith(each)}
+        return plain | {name: record[name + each][seed] for name in plain if name + each in record}
+
+    return [[of_seed(r, seed) for r in records] for seed in range(max(seeds, default=1))]
 
 
 def step_curve(records: list[Record], metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -90,12 +83,7 @@ def most_confused(confusion: np.ndarray) -> list[tuple[int, int]]:
 
 
 def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> str:
-    """Lays out the accuracy of each class, its images, and its most frequent error.
-
-    Args:
-        confusion: int[classes, classes]; rows are true classes.
-        class_names: Of the rows.
-    """
+    """Lists the accuracy of each class, its images, and its most frequent error."""
     width = max(len("class"), *(len(name) for name in class_names))
     lines = [f"{'class':<{width}}  accuracy  images  most often predicted as"]
     for i, (wrong, count) in enumerate(most_confused(confusion)):
@@ -126,10 +114,9 @@ def class_scores(confusion: np.ndarray) -> ClassScores:
     from sklearn.metrics import precision_recall_fscore_support  # 1 s to import
 
     true, predicted = np.nonzero(confusion)
-    options = {"labels": np.arange(len(confusion)), "sample_weight": confusion[true, predicted]}
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        true, predicted, **options, zero_division=np.nan
-    )
+    options = {"labels": np.arange(len(confusion)), "zero_division": np.nan}
+    options["sample_weight"] = confusion[true, predicted]
+    precision, recall, f1, _ = precision_recall_fscore_support(true, predicted, **options)
     return ClassScores(precision, recall, f1, confusion.sum(axis=1))
 
 
@@ -145,14 +132,10 @@ def confused_pairs(confusion: np.ndarray, most: int) -> list[tuple[int, int, int
 
 
 class Calibration(NamedTuple):
-    """Confidence and accuracy of predictions in bins of equal width over (0, 1].
+    """Predictions in bins of equal width over (0, 1], their mean confidence and accuracy [bins].
 
-    Attributes:
-        counts: int64[bins], predictions in each bin.
-        confidence: float64[bins], their mean; NaN in an empty bin.
-        accuracy: float64[bins], likewise.
-        ece: Expected calibration error, 0..1: the mean over all predictions of the distance
-            between accuracy and confidence of their bin.
+    Both are NaN in an empty bin. `ece` is the expected calibration error, 0..1: the mean distance
+    between the two over all predictions.
     """
 
     counts: np.ndarray
@@ -166,12 +149,12 @@ def calibration(
 ) -> Calibration:
     """Compares confidence with accuracy (Guo et al., 2017, "On Calibration of Modern Networks").
 
-    scikit-learn's `calibration_curve` leaves out the empty bins, and the counts.
+    scikit-learn's `calibration_curve` leaves out empty bins, and the counts that the ECE needs.
 
     Args:
         confidence: float[N], the probability of each predicted class.
         correct: bool[N].
-        bins: How many; bin m holds confidences in ((m - 1) / bins, m / bins].
+        bins: Their number; bin m holds confidences in ((m - 1) / bins, m / bins].
     """
     confidence = confidence.astype(np.float64)
     index = np.digitize(confidence, np.arange(1, bins) / bins, right=True)
@@ -185,6 +168,6 @@ def calibration(
 
 def differences(configs: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
     """Returns the options in which configs differ, with the value of each; None where absent."""
-    keys = dict.fromkeys(key for config in configs for key in config)
+    keys = dict.fromkeys(itertools.chain(*configs))
     rows = [(key, [config.get(key) for config in configs]) for key in keys]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
