@@ -15,18 +15,20 @@ from alexnet_jax.errors import EXIT_CTRL_C, Diverged, InputError, Interrupted, S
 @common.entry_point
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for, and returns the exit code."""
-    # Imports take seconds: here Ctrl-C ends them as it ends the rest.
-    from alexnet_jax import environment
-    from alexnet_jax.cli import command_line
-    from alexnet_jax.distributed import initialize
-    from alexnet_jax.run import writers
-
     program = "alexnet-jax train" if arguments is not None else "python -m alexnet_jax.main"
     given = list(sys.argv[1:] if arguments is None else arguments)
     again = shlex.join([*program.split(), *given])
     process = 0  # the first speaks for all
     try:
+        # Imports take seconds: here Ctrl-C ends them as it ends the rest.
+        from alexnet_jax.cli import command_line
+
         config, workdir, flags = command_line.parse([program, *given])
+
+        from alexnet_jax import environment
+        from alexnet_jax.distributed import initialize
+        from alexnet_jax.run import writers
+
         writers.log_to_terminal()
         notes = environment.prepare()
         with initialize.initialized(flags) as process:

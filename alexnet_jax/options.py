@@ -11,10 +11,10 @@ are options, too (`check_options`).
 """
 
 import dataclasses
-import functools
+import difflib
 import struct
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Literal, TypeVar
 
 from alexnet_jax.errors import InputError, show
@@ -63,6 +63,12 @@ class Option:
         if self.check:
             parts.append(self.check[1])
         return " and ".join(parts)
+
+    @property
+    def described(self) -> str:
+        """Its meaning, with its range or choices."""
+        allowed = dataclasses.replace(self, check=None).allowed
+        return f"{self.help} ({allowed})" if allowed else self.help
 
     def validate(self, key: str, value: Any) -> None:
         """Rejects a value of another type or out of range.
@@ -134,7 +140,6 @@ def option(
     return dataclasses.field(default=default, metadata={"option": declared})
 
 
-@functools.cache
 def options_of(cls: type) -> dict[str, Option]:
     """Returns the options among the fields of a dataclass, such as a linen module, in their order.
 
@@ -185,6 +190,48 @@ class Section:
         Raises:
             InputError: Names the options, their values, and what would be right.
         """
+
+
+# Other names of options, which are unlike ours.
+_ALIASES = {"beta1": "b1", "beta2": "b2", "gamma": "step_factor", "precision": "dtype"}
+
+
+def unknown_option(key: str, known: Iterable[str]) -> str:
+    """Returns the message for an unknown option, with the known ones that were perhaps meant.
+
+    Args:
+        key: "section.name" of the unknown option.
+        known: Those of the known ones.
+    """
+    shown = key if len(key) <= 80 else show(key)[1:-1]
+    section, _, name = key.rpartition(".")
+    likeness = {other: _likeness(name, other.rpartition(".")[2]) for other in known}
+    best = max(likeness.values())
+    near = [other for other in likeness if likeness[other] > max(0.6, best - 0.1)]
+    near = [other for other in near if section and other.startswith(f"{section}.")] or near
+    near = sorted(near, key=likeness.__getitem__, reverse=True)[:3]
+    names = list(dict.fromkeys(other.partition(".")[0] for other in known if "." in other))
+    alike = difflib.get_close_matches(section or name, names, n=1)
+    if near:
+        hint = f"did you mean {' or '.join(f'config.{other}' for other in near)}?"
+    elif alike:
+        options = [other for other in known if other.startswith(f"{alike[0]}.")]
+        hint = f"the options of {alike[0]} are {', '.join(o.rpartition('.')[2] for o in options)}."
+    else:
+        hint = f"the sections are {', '.join(names)}."
+    return f"unknown option config.{shown}; {hint}"
+
+
+def _likeness(name: str, option: str) -> float:
+    """Returns how likely an unknown name means an option: from 0 to 2, if it is the same word."""
+    if option in (name, _ALIASES.get(name)):
+        return 2.0
+    words, ours = set(name.split("_")), option.split("_")
+    if name == "".join(word[:1] for word in ours) or (len(name) > 2 and option.startswith(name)):
+        return 1.0  # "lr" and "accum"
+    in_common = len(words & set(ours)) / len(words | set(ours))
+    alike = difflib.SequenceMatcher(None, name, option).ratio()
+    return max(alike, 0.5 + in_common / 2 if in_common else 0.0)
 
 
 def _origin(kind: Any) -> Any:

@@ -27,8 +27,7 @@ WAYS = {
     "all layers": (),
     "convolutions at a tenth of the rate": (
         "--config.optimizer.learning_rate=2e-3",
-        "--config.optimizer.rate_patterns=('conv*','norm*')",
-        "--config.optimizer.rate_factors=(0.1,0.1)",
+        "--config.optimizer.lr_multipliers=(('conv*',0.1),('norm*',0.1))",
     ),
     "convolutions frozen": (
         "--config.optimizer.learning_rate=2e-3",

@@ -42,7 +42,7 @@ STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("average_pooling", {"model.pool_to": 1}),
     (
         "bias_rates",
-        {"optimizer.rate_patterns": ("norm*/bias",), "optimizer.rate_factors": (10.0,)},
+        {"optimizer.lr_multipliers": (("norm*/bias", 10.0),)},
     ),
     ("larger_batches", {"train.batch_size": 256}),
     (

@@ -41,8 +41,7 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.16
     # Normalisation makes a kernel's scale nothing, so that a high rate costs no stability; with the
     # decay it does what Muon does here.
-    config.optimizer.rate_patterns = ("norm*/bias", "conv*/kernel")
-    config.optimizer.rate_factors = (10.0, 4.0)
+    config.optimizer.lr_multipliers = (("norm*/bias", 10.0), ("conv*/kernel", 4.0))
     config.train.label_smoothing = 0.1
     config.eval.tta = "flip_translate"
     return config

@@ -37,8 +37,7 @@ def get_config() -> ConfigDict:
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_epochs = 1.0
     config.optimizer.weight_decay = 0.16
-    config.optimizer.rate_patterns = ("norm*/bias",)
-    config.optimizer.rate_factors = (10.0,)
+    config.optimizer.lr_multipliers = (("norm*/bias", 10.0),)
     config.optimizer.muon_learning_rate = 0.04
     config.optimizer.muon_momentum = 0.9
     config.optimizer.muon_normalize_filters = True

@@ -34,8 +34,7 @@ def get_config() -> ConfigDict:
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_epochs = 0.5
     config.optimizer.weight_decay = 0.02
-    config.optimizer.rate_patterns = ("norm*/bias",)
-    config.optimizer.rate_factors = (10.0,)
+    config.optimizer.lr_multipliers = (("norm*/bias", 10.0),)
     config.optimizer.muon_learning_rate = 0.12
     config.optimizer.muon_momentum = 0.6
     config.optimizer.muon_normalize_filters = True

@@ -52,8 +52,8 @@ class Start:
         for pattern in self.anew:
             if not any(fnmatchcase(name, pattern) for name in names[1].values()):
                 raise InputError(
-                    f"config.init.reinitialize has {pattern!r}, which matches none of the parameters: "
-                    f"{', '.join(names[1].values())}."
+                    f"config.init.reinitialize has {pattern!r}, which matches none of the "
+                    f"parameters: {', '.join(names[1].values())}."
                 )
         theirs, ours = (
             {
@@ -117,8 +117,8 @@ def open_start(config: ConfigDict, folder: Path) -> Start:
     }
     if directory.has_begun(folder) and before.get("start", start)["checksum"] != start["checksum"]:
         raise InputError(
-            f"the weights in {config.init.from_run} have changed since this run began, and it has saved "
-            f"nothing yet: they were of step {before['start']['step']:,} with checksum "
+            f"the weights in {config.init.from_run} have changed since this run began, and it has "
+            f"saved nothing yet: they were of step {before['start']['step']:,} with checksum "
             f"{before['start']['checksum']} and are of step {start['step']:,} with "
             f"{start['checksum']}; start anew with another --workdir."
         )

@@ -1,84 +1,73 @@
-"""The command line of `main`: --config, --workdir, and --config.section.key for each option.
+"""The command line of training: --config, --workdir, and --config.section.name for each option.
 
-Beside them stand --coordinator, --num_processes and --process_id, where many processes train.
-
-absl and ml_collections parse it; what is here finds out first what they would only answer with a
-traceback, and turns their own errors into sentences.
+ml_collections and absl parse it. Mistakes that they would answer with a traceback are found
+before, and their own errors become sentences.
 """
 
 import difflib
 import itertools
-import os
 import re
-import runpy
 import shlex
 import sys
-import traceback
+import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from alexnet_jax.config import check_type, default_config, flatten, unknown_key_message
-from alexnet_jax.distributed.initialize import ProcessFlags
+from alexnet_jax.config import (
+    declared_options,
+    flatten,
+    known_configs,
+    load_config,
+    sections,
+)
 from alexnet_jax.errors import InputError
+from alexnet_jax.options import unknown_option
+
+if TYPE_CHECKING:
+    from alexnet_jax.distributed.initialize import ProcessFlags
 
 USAGE = """\
 Trains a network: python -m alexnet_jax.main --config=configs/cifar10.py
 
-The same command goes on where an interrupted run stopped. Exit codes: 0 finished, 2 bad input,
-3 the loss diverged, 69 another process of the run is gone, 74 the end could not be saved,
-75 interrupted and saved, 130 stopped by Ctrl-C without a save.
+The same command resumes an interrupted run. Exit codes: 0 finished, 2 bad input, 3 the loss
+diverged, 69 another process of the run is gone, 74 the end could not be saved, 75 interrupted and
+saved, 130 stopped by Ctrl-C without saving.
+
+  --config=CONFIG    a config file, or the name of one: cifar10
+  --workdir=FOLDER   the run folder; by default runs/<name of the config file>
+  --coordinator=HOST:PORT --num_processes=N --process_id=I
+                     train in N processes (docs/scaling.md); I is from 0 to N-1, and the address
+                     is that of process 0
 """
 
-# The options that are not of the config.
-_PLAIN = ("workdir", *ProcessFlags._fields)
 
-# ml_collections looks into the command line by itself, and already here; that of the process may
-# name a --flagfile that cannot be read. `parse` fills in what there is.
-_arguments: list[str] = []
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "The config file; --config.section.key=value changes an option.",
-    sys_argv=_arguments,
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run folder; by default runs/<name of the config file>."
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Address of process 0, host:port, if there are many."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train as one.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-
-
-def parse(arguments: list[str]) -> tuple[ConfigDict, Path, ProcessFlags]:
-    """Reads the command line.
+def parse(arguments: list[str]) -> tuple[ConfigDict, Path, "ProcessFlags"]:
+    """Parses the command line.
 
     Args:
-        arguments: Of the process, with the program's name first.
+        arguments: Those of the process, with the program's name first.
 
     Returns:
-        The config with its changes, the run folder, and what is said of other processes.
+        The config with its changes, the run folder, and the flags about other processes.
 
     Raises:
-        InputError: Whatever can be wrong with it, as one sentence.
+        InputError: The command line is wrong.
         SystemExit: It asks for help, which has been printed.
     """
-    paths = [a.split("=", 1)[1] for a in arguments if re.match(r"--?config=", a)]
-    pairs = itertools.pairwise(arguments)
-    paths += [value for name, value in pairs if name in ("--config", "-config")]
-    if any(re.fullmatch(r"--?(h|\?|help(short|full)?)", a) for a in arguments):
-        print(_help(paths[0] if paths else None))
+    name, rest = _split_config(arguments)
+    if any(re.fullmatch(r"--?(h|\?|help(short|full)?)", argument) for argument in rest):
+        print(_help(name))
         sys.exit(0)
-    if not paths:
-        raise InputError(f"--config is missing; name a config file{_known_configs()}.")
-    if len(paths) > 1:
-        raise InputError(f"--config is given twice, {' and '.join(paths)}; name one config file.")
-    config = load_config(paths[0])
+    from alexnet_jax.distributed.initialize import ProcessFlags  # imports JAX
+
+    if name is None:
+        raise InputError(f"--config is missing; {known_configs()}.")
+    config = load_config(name)
     options = dict(flatten(config))
-    for argument in arguments:
+    for argument in rest:
         match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
         if match and match[1] in config and match[1] not in options:
             raise InputError(
@@ -86,85 +75,77 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path, ProcessFlags]:
                 f"--config.{next(key for key in options if key.startswith(f'{match[1]}.'))}=..."
             )
         if match and match[1] not in options:
-            raise InputError(unknown_key_message(match[1], config))
-    _arguments[:] = arguments
-    try:
-        rest = flags.FLAGS(arguments)
-    except flags.UnrecognizedFlagError as error:
-        near = [f"--config.{key}" for key in options if f".{key}".endswith(f".{error.flagname}")]
-        near += [f"--{key}" for key in difflib.get_close_matches(error.flagname, _PLAIN, n=1)]
-        hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the options."
-        raise InputError(f"--{error.flagname} is no option; {hint}") from None
-    except flags.IllegalFlagValueError as error:
-        match = re.match(r"flag --config\.([^=]+)=(.*?): ", str(error), re.DOTALL)
-        if match:
-            check_type(match[1], match[2], options[match[1]])
-        raise InputError(_one_line(error)) from None
-    except Exception as error:  # Parsers of values raise nearly every kind on odd ones.
-        raise InputError(_one_line(error)) from None
-    if len(rest) > 1:
-        raise InputError(f"{rest[1]!r} is no option; options begin with --.")
-    if _WORKDIR.value == "":
+            raise InputError(unknown_option(match[1], options))
+    values = flags.FlagValues()  # absl's own belongs to the user's program
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "", flag_values=values)
+    stray = _parse(values, rest, config)
+    if stray:
+        raise InputError(f"unknown argument {stray[0]!r}; options begin with --.")
+    if values.workdir == "":
         raise InputError("--workdir is empty; name a folder, or leave it out.")
-    name = Path(paths[0].split(":", 1)[0]).stem
-    workdir = Path(_WORKDIR.value or Path("runs", name))
+    workdir = Path(values.workdir or Path("runs", Path(name.split(":", 1)[0]).stem))
     return (
-        _CONFIG.value,
+        values.config,
         workdir,
-        ProcessFlags(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value),
+        ProcessFlags(*(values[name].value for name in ProcessFlags._fields)),
     )
 
 
-def load_config(path: str) -> ConfigDict:
-    """Reads a config file, with what may follow it after a colon; absl's errors are tracebacks.
+def _split_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Returns the value of --config, None without it, and the other arguments."""
+    found: list[str] = []
+    rest = arguments[:1]
+    remaining = iter(arguments[1:])
+    for argument in remaining:
+        if argument in ("--config", "-config"):
+            found += itertools.islice(remaining, 1)
+        elif re.match(r"--?config=", argument):
+            found.append(argument.split("=", 1)[1])
+        else:
+            rest.append(argument)
+    if len(found) > 1:
+        raise InputError(f"--config is given twice, {' and '.join(found)}; name one config file.")
+    return (found[0] if found else None), rest
 
-    Raises:
-        InputError: It is not there, or makes no config.
-    """
-    file, *argument = path.split(":", 1)
-    if not os.path.isfile(file):  # pathlib's raises where a name is too long.
-        raise InputError(f"--config={path} is not a file; name a config file{_known_configs()}.")
+
+def _parse(values: flags.FlagValues, arguments: list[str], config: ConfigDict) -> list[str]:
+    """Sets the flags; returns the arguments that are not flags."""
     try:
-        get_config = runpy.run_path(file).get("get_config")
-        config = get_config(*argument) if get_config else None
-        if isinstance(config, ConfigDict):
-            dict(flatten(config))  # A placeholder without a value raises when it is read.
-    except (Exception, SystemExit) as error:  # it is a person's program, and may raise anything
-        frames = traceback.extract_tb(error.__traceback__)
-        line = next((f", line {f.lineno}," for f in frames[::-1] if f.filename == file), "")
-        what = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        raise InputError(f"{path}{line} cannot be used: {what}{_one_line(error)}") from None
-    if not isinstance(config, ConfigDict):
-        raise InputError(
-            f"{path} has no function get_config() that returns a ConfigDict; "
-            f"write it as in an example{_known_configs()}."
-        )
-    return config
+        return values(arguments)[1:]
+    except flags.UnrecognizedFlagError as error:
+        keys = [key for key, _ in flatten(config)]
+        near = [f"--config.{key}" for key in keys if f".{key}".endswith(f".{error.flagname}")]
+        near += [f"--{key}" for key in difflib.get_close_matches(error.flagname, values, n=1)]
+        hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the options."
+        raise InputError(f"unknown option --{error.flagname}; {hint}") from None
+    except Exception as error:  # Parsers of values raise nearly every kind on odd ones.
+        match = re.match(r"flag --config\.([^=]+)=(.*?): ", str(error), re.DOTALL)
+        if match and isinstance(error, flags.IllegalFlagValueError):
+            declared_options(config.model.name)[match[1]].validate(match[1], match[2])
+        raise InputError(" ".join(str(error).split())) from None
 
 
-def _help(path: str | None) -> str:
-    """Lists every option with its value, in a config file if one is given."""
-    config = default_config() if path is None else load_config(path)
-    return "\n".join(
-        [
-            USAGE,
-            "  --config=FILE      the config file",
-            "  --workdir=FOLDER   the run folder; by default runs/<name of the config file>",
-            "  --coordinator=HOST:PORT --num_processes=N --process_id=I",
-            "                     to train in N processes (docs/scaling.md); I is from 0 to N-1,",
-            "                     and the address that of process 0",
-            "",
-            f"Options and their values {f'in {path}' if path else 'by default'}; "
-            "alexnet_jax/config.py says what each means:",
-            *(f"  --config.{key}={shlex.quote(str(value))}" for key, value in flatten(config)),
-        ]
-    )
+def _help(name: str | None) -> str:
+    """Lists every option with its value, in a config file if one is given, and its meaning."""
+    values = dict(flatten(load_config(name))) if name else {}
+    known = declared_options(values.get("model.name"))
+    lines = [USAGE, f"Options and their values {f'in {name}' if name else 'by default'}:"]
+    for section, cls in sections().items():
+        if section:
+            lines += ["", f"{section}: {(cls.__doc__ or '').partition(chr(10))[0]}"]
+        for key, declared in known.items():
+            if key.rpartition(".")[0] == section:
+                value = str(values.get(key, declared.default))
+                value = f'"{value}"' if "'" in value else shlex.quote(value)
+                lines += [f"  --config.{key}={value}", *_wrap(declared.described)]
+        if section == "model" and name is None:
+            lines += _wrap("Its options: name a config, as in --config=cifar10 --help.")
+    return "\n".join(lines)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _known_configs() -> str:
-    found = sorted(str(path) for path in Path("configs").glob("*.py"))
-    return f", such as {', '.join(found)}" if found else ""
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(text, 96, initial_indent=" " * 8, subsequent_indent=" " * 8)

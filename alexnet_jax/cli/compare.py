@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     own, flags = common.split(arguments)
     options = parser.parse_args(own)
-    from alexnet_jax.cli.command_line import load_config
+    from alexnet_jax.config import load_config
     from alexnet_jax.experiments import compare
     from alexnet_jax.run import writers  # imports JAX, as --help does not
 

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command."""
     own, flags = common.split(arguments)
     options = _parse(own)
-    from alexnet_jax.cli.command_line import load_config
+    from alexnet_jax.config import load_config
     from alexnet_jax.experiments import search_space, sweep
     from alexnet_jax.run import writers  # imports JAX, as --help does not
 

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from alexnet_jax.cli import command_line
-from alexnet_jax.config import FREE_KEYS, default_config
+from alexnet_jax.config import RESUMABLE, default_config, load_config
 from alexnet_jax.errors import InputError
 from alexnet_jax.run import directory, files
 
@@ -31,8 +30,8 @@ class RunResult:
 
     @property
     def compared(self) -> dict[str, Any]:
-        """The options in which the runs of a row may not differ: all but seeds and FREE_KEYS."""
-        free = FREE_KEYS | {"seed", "num_seeds"}
+        """The options in which the runs of a row may not differ: all but seeds and RESUMABLE."""
+        free = RESUMABLE | {"seed", "num_seeds"}
         return {key: value for key, value in sorted(self.options.items()) if key not in free}
 
     @property
@@ -259,9 +258,7 @@ def _config_files(folder: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(folder.glob("*.py")):
         for row in itertools.chain([""], map(":{}".format, range(100))):
             try:
-                found[f"{path.name}{row}"] = directory.fixed_options(
-                    command_line.load_config(f"{path}{row}")
-                )
+                found[f"{path.name}{row}"] = directory.fixed_options(load_config(f"{path}{row}"))
             except InputError:  # not a config file, or it takes an argument, or not this one
                 if row:
                     break

@@ -7,8 +7,9 @@ from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
-from alexnet_jax.config import check_option, flatten, unknown_key_message
+from alexnet_jax.config import declared_options
 from alexnet_jax.errors import InputError
+from alexnet_jax.options import Option, unknown_option
 
 try:
     from optuna import distributions
@@ -41,7 +42,7 @@ def parse_space(ranges: Sequence[str], choices: Sequence[str], config: ConfigDic
         InputError: A flag is malformed, names an unknown option or a value that it cannot have, or
             there are no flags.
     """
-    options = dict(flatten(config))
+    options = declared_options(config.model.name)
     space: dict[str, distributions.BaseDistribution] = {}
     for flag, given in [("--range", r) for r in ranges] + [("--choice", c) for c in choices]:
         key, _, text = given.partition("=")
@@ -49,7 +50,7 @@ def parse_space(ranges: Sequence[str], choices: Sequence[str], config: ConfigDic
         if not text:
             raise InputError(f"{flag}={given} has no values; write it as {flag}={_EXAMPLES[flag]}.")
         if key not in options:
-            raise InputError(unknown_key_message(key, config))
+            raise InputError(unknown_option(key, options))
         if key in _NOT_SEARCHED:
             raise InputError(
                 f"config.{key} cannot be searched: a sweep never evaluates on the test set; "
@@ -67,35 +68,35 @@ def parse_space(ranges: Sequence[str], choices: Sequence[str], config: ConfigDic
     return space
 
 
-def _parse_range(key: str, text: str, default: Any) -> distributions.BaseDistribution:
+def _parse_range(key: str, text: str, option: Option) -> distributions.BaseDistribution:
     match = re.fullmatch(r"([^:]+):([^:]+)(:log)?", text)
-    if type(default) not in (int, float):
+    if option.type not in (int, float):
         raise InputError(f"--range={key}={text}: {key} is not a number; give --choice instead.")
     if match is None:
         raise InputError(
             f"--range={key}={text} is not a range of numbers; write it as {key}=LOW:HIGH or "
             f"{key}=LOW:HIGH:log."
         )
-    low, high = (_parse_value(end, default) for end in match.groups()[:2])
+    low, high = (_parse_value(end, option.default) for end in match.groups()[:2])
     for end, value in zip(match.groups(), (low, high), strict=False):
         if type(value) not in (int, float):
             raise InputError(f"--range={key}: {end!r} is not a number.")
-        check_option(key, value, default)
+        option.validate(key, value)
     if not low < high:
         raise InputError(f"--range={key}={text} is empty; the first number must be the smaller.")
     if match[3] and low <= 0:
         raise InputError(
             f"--range={key}={text} has no logarithms; start above 0, or leave out :log."
         )
-    if isinstance(default, int):
+    if option.type is int:
         return distributions.IntDistribution(low, high, log=bool(match[3]))
     return distributions.FloatDistribution(low, high, log=bool(match[3]))
 
 
-def _parse_choice(key: str, text: str, default: Any) -> distributions.BaseDistribution:
+def _parse_choice(key: str, text: str, option: Option) -> distributions.BaseDistribution:
     values = [value.strip() for value in re.split(r",(?![^(]*\))", text)]
     for value in values:
-        check_option(key, _parse_value(value, default), default)
+        option.validate(key, _parse_value(value, option.default))
     if len(values) < 2 or len(set(values)) < len(values):
         raise InputError(f"--choice={key}={text} must name two values or more, each once.")
     return distributions.CategoricalDistribution(values)

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
 
 from alexnet_jax import environment
-from alexnet_jax.cli.command_line import load_config
+from alexnet_jax.config import load_config
 from alexnet_jax.distributed.preemption import stop_requests
 from alexnet_jax.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, InputError
 from alexnet_jax.experiments import launch

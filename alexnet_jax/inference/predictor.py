@@ -17,8 +17,8 @@ from PIL import Image
 
 from alexnet_jax import steps
 from alexnet_jax.checkpoint.reader import read_weights
-from alexnet_jax.config import input_size
 from alexnet_jax.data import augment, decode
+from alexnet_jax.data.options import input_size
 from alexnet_jax.distributed import replicas
 from alexnet_jax.errors import InputError, show
 from alexnet_jax.models import create_model

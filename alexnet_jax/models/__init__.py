@@ -18,6 +18,7 @@ from alexnet_jax.models.alexnet import AlexNet, AlexNet2012, AlexNetOWT
 from alexnet_jax.models.resnet import ResNet
 from alexnet_jax.models.vgg import VGG
 from alexnet_jax.ops import PLAIN, Ops
+from alexnet_jax.options import Option, options_of
 
 # The contract of each class: fields `num_classes`, `axis_name`, `ops` and `dtype` as AlexNet has
 # them, fields with defaults for all that varies, and
@@ -44,14 +45,15 @@ def _model_class(name: Any) -> type[nn.Module]:
     return MODELS[name]
 
 
-def model_options(name: str) -> dict[str, Any]:
-    """Returns the options of a network and their defaults: the fields of its linen class.
+def model_options(name: str) -> dict[str, Option]:
+    """Returns the options of a network: the fields of its linen class.
 
     Raises:
         InputError: No network has this name.
     """
+    declared = options_of(_model_class(name))
     return {
-        field.name: field.default
+        field.name: declared.get(field.name, Option(field.default, "", type=field.type))
         for field in dataclasses.fields(_model_class(name))
         if field.init and field.name not in _NOT_OPTIONS
     }
@@ -72,7 +74,8 @@ def create_model(
     Raises:
         InputError: An option has an impossible value.
     """
-    options = {key: value for key, value in config.items() if key != "name"}
+    fields = getattr(config, "fields", config)  # of the typed section, or a ConfigDict
+    options = {key: value for key, value in fields.items() if key != "name"}
     model_class = _model_class(config.name)
     return model_class(num_classes=num_classes, axis_name=axis_name, ops=ops, **options)
 
@@ -97,7 +100,7 @@ def check_model(config: ConfigDict, image_size: int) -> dict[str, Any]:
     )
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
     if parameters > MAX_PARAMETERS:
-        pool = ", or pool more before the first of config.model.hidden" * ("hidden" in config)
+        pool = ", or pool more before the first of config.model.hidden" * hasattr(model, "hidden")
         raise InputError(
             f"config.model describes a network of {parameters:,} parameters; the most are "
             f"{MAX_PARAMETERS:,}: make its layers narrower{pool}."

@@ -233,8 +233,8 @@ class AlexNet2012(AlexNet):
     """The network of Krizhevsky, Sutskever and Hinton (2012), for 227x227 pixels.
 
     Feature maps of 55, 27, 13, 13, 13 and 6 pixels, 60,965,224 parameters for 1,000 classes.
-    Images on the scale 0..255 minus their mean (config.data.normalization "subtract_mean") suit the small
-    initial kernels and the constants of the response normalisation.
+    Images on the scale 0..255 minus their mean (config.data.normalization "subtract_mean") suit
+    the small initial kernels and the constants of the response normalisation.
     """
 
     features: tuple[int, ...] = (96, 256, 384, 384, 256)

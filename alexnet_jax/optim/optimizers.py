@@ -92,7 +92,7 @@ def check_patterns(config: ConfigDict, params: Any) -> None:
         InputError: Names the option and the pattern, and lists the parameters.
     """
     patterns = dict.fromkeys(config.frozen, "frozen")
-    patterns |= dict.fromkeys(config.rate_patterns, "rate_patterns")
+    patterns |= {pattern: "lr_multipliers" for pattern, _ in config.lr_multipliers}
     if config.muon_learning_rate:
         patterns[config.muon_pattern] = "muon_pattern"
     if config.frozen and all(jax.tree.leaves(_matching_any(config.frozen, params))):
@@ -151,14 +151,14 @@ def muon_share(config: ConfigDict, params: Any) -> str:
     )
 
 
-def multiply_rates(patterns: tuple[str, ...], factors: tuple[float, ...]) -> Any:
+def multiply_rates(multipliers: tuple[tuple[str, float], ...]) -> Any:
     """Multiplies the updates of some parameters, and with them their learning rate.
 
     airbench (Jordan, 2024) has 64 for the biases of batch normalisation.
 
     Args:
-        patterns: Shell patterns of paths, such as "norm*/bias".
-        factors: Of each; where several patterns match, all count.
+        multipliers: Pairs of a shell pattern of paths, such as "norm*/bias", and a factor; where
+            several patterns match, all count.
 
     Returns:
         A stateless `optax.GradientTransformation`, for behind those that make steps of gradients.
@@ -166,7 +166,7 @@ def multiply_rates(patterns: tuple[str, ...], factors: tuple[float, ...]) -> Any
 
     def multiply(updates: Any, params: Any) -> Any:
         del params
-        for pattern, factor in zip(patterns, factors, strict=True):
+        for pattern, factor in multipliers:
             marks = _matching(pattern, updates)
             updates = jax.tree.map(lambda u, m, f=factor: u * f if m else u, updates, marks)
         return updates
@@ -342,8 +342,8 @@ def create_optimizer(
     2019), "sgd" has (Nesterov) momentum and its weight decay is an L2 term of the loss.
     "sgd_2012" differs where the learning rate e changes, which stands inside of the momentum:
     v = m v - e (d w + g), w = w + v (Krizhevsky, Sutskever and Hinton, 2012, section 5). Where
-    `muon_learning_rate` is not 0, Muon takes their place for the kernels of `muon_pattern`. Around them
-    stand, from the inside, the factors of `rate_patterns`, Muon's `unit_filters`, `lookahead`,
+    `muon_learning_rate` is not 0, Muon takes their place for the kernels of `muon_pattern`. Around
+    them stand, from the inside, `lr_multipliers`, Muon's `unit_filters`, `lookahead`,
     clipping, accumulation; and parameters that are `frozen` have no part in any of it.
 
     Args:
@@ -357,9 +357,9 @@ def create_optimizer(
         return optax.chain(main, scale_by_plateau()) if plateau else main
 
     def multiplied(main: optax.GradientTransformation) -> optax.GradientTransformation:
-        if not config.rate_patterns:
+        if not config.lr_multipliers:
             return main
-        return optax.chain(main, multiply_rates(config.rate_patterns, config.rate_factors))
+        return optax.chain(main, multiply_rates(config.lr_multipliers))
 
     if config.name == "adam":
         main = optax.adam(schedule, config.b1, config.b2, config.eps)

@@ -22,7 +22,7 @@ from typing import Any, Concatenate, ParamSpec
 import jax
 from ml_collections import ConfigDict
 
-from alexnet_jax.config import FREE_KEYS, default_config, flatten, validate
+from alexnet_jax.config import RESUMABLE, default_config, flatten, validate
 from alexnet_jax.distributed import collectives
 from alexnet_jax.errors import InputError, SaveFailed
 from alexnet_jax.run.files import format_json as format_json
@@ -101,7 +101,7 @@ class RunDirectory:
 
         Args:
             workdir: The folder.
-            config: All options but `config.FREE_KEYS` must equal those that the run began with.
+            config: All options but `config.RESUMABLE` must equal those that the run began with.
 
         Raises:
             InputError: The folder cannot be written, holds something else or another run, or is
@@ -175,7 +175,7 @@ def open_run_folder(workdir: Path, config: ConfigDict) -> Iterator[Path]:
 
     Args:
         workdir: The folder.
-        config: Checked against the one that began the run; only `config.FREE_KEYS` may differ.
+        config: Checked against the one that began the run; only `config.RESUMABLE` may differ.
 
     Yields:
         The absolute path of the folder, which holds ``config.json``.
@@ -295,7 +295,7 @@ def _check_config(folder: Path, config: ConfigDict) -> None:
     differing = [
         f"{key} was {then.get(key, 'absent')!r} and is {now.get(key, 'absent')!r}"
         for key in sorted(then.keys() | now.keys())  # each network has its own
-        if then.get(key) != now.get(key) and key not in FREE_KEYS
+        if then.get(key) != now.get(key) and key not in RESUMABLE
     ]
     if differing:
         raise InputError(
@@ -308,7 +308,7 @@ def _check_config(folder: Path, config: ConfigDict) -> None:
 
 def fixed_options(config: ConfigDict) -> dict[str, Any]:
     """Returns, as JSON has them, the options that all sessions and processes of a run share."""
-    return {key: value for key, value in _options(config).items() if key not in FREE_KEYS}
+    return {key: value for key, value in _options(config).items() if key not in RESUMABLE}
 
 
 def check_shared(folder: Path) -> None:

@@ -176,7 +176,8 @@ def test_images_are_normalised_as_the_network_knows_them(source, tmp_path, caplo
         start = open_start(config, tmp_path)
     assert (start.info["mean"], start.info["deviation"]) == (list(MEAN), list(DEVIATION))
     assert [record.getMessage() for record in caplog.records] == [
-        "config.data.normalization is standardize there and subtract_mean here; images are normalised as there."
+        "config.data.normalization is standardize there and subtract_mean here; images are "
+        "normalised as there."
     ]
     options = directory.read_json(source / directory.CONFIG)
     directory.write_json(

@@ -302,7 +302,7 @@ def test_ranges_and_choices_are_read():
     [
         ([], [], "no option is searched; give at least one --range or --choice"),
         (["optimizer.learning_rate"], [], "has no values; write it as --range=optimizer"),
-        (["optimizer.lr=1:2"], [], "config.optimizer.lr is not an option"),
+        (["optimizer.lr=1:2"], [], "unknown option config.optimizer.lr"),
         (["optimizer.learning_rate=1e-2:1e-3"], [], "is empty; the first number must be the"),
         (["optimizer.learning_rate=0.1:many"], [], "'many' is not a number"),
         (["optimizer.learning_rate=-1:1"], [], "learning_rate is -1.0; it must be greater than 0"),

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-from alexnet_jax.config import default_config
 from alexnet_jax.errors import InputError
 from alexnet_jax.optim.optimizers import (
     after_validation,
@@ -18,6 +17,7 @@ from alexnet_jax.optim.optimizers import (
     muon_share,
     plateau_factor,
 )
+from alexnet_jax.optim.options import OptimizerConfig
 
 PARAMS = {
     "conv1": {"kernel": jnp.full((3, 3, 2, 4), 2.0), "bias": jnp.full(4, 2.0)},
@@ -27,9 +27,7 @@ PARAMS = {
 
 
 def section(**options):
-    config = default_config().optimizer
-    config.update(options)
-    return config
+    return OptimizerConfig(**options)
 
 
 def one_update(gradients, **options):
@@ -149,7 +147,7 @@ def test_rates_are_multiplied_where_patterns_match():
     gradients = random_like(PARAMS, 0)
     options = {"name": "sgd", "momentum": 0.0}
     plain = one_update(gradients, **options)
-    patterns = {"rate_patterns": ("norm*/bias", "*/bias"), "rate_factors": (64.0, 0.5)}
+    patterns = {"lr_multipliers": (("norm*/bias", 64.0), ("*/bias", 0.5))}
     factors = {"norm1/bias": 32.0, "conv1/bias": 0.5, "logits/bias": 0.5}
     for layer, leaves in one_update(gradients, **options, **patterns).items():
         for leaf, update in leaves.items():
@@ -238,8 +236,8 @@ def test_muon_follows_the_schedule():
     ("options", "says"),
     [
         (
-            {"rate_patterns": ("nrom*/bias",)},
-            r"rate_patterns has 'nrom\*/bias', which matches none",
+            {"lr_multipliers": (("nrom*/bias", 2.0),)},
+            r"lr_multipliers has 'nrom\*/bias', which matches none",
         ),
         (
             {"muon_learning_rate": 1.0, "muon_pattern": "x"},
@@ -254,15 +252,15 @@ def test_muon_follows_the_schedule():
             "muon_pattern has .* matches frozen parameters",
         ),
         (
-            {"rate_patterns": ("conv1/*",), "rate_factors": (2.0,), "frozen": ("conv1/*",)},
-            "rate_patterns has 'conv1/.*', which matches frozen parameters alone",
+            {"lr_multipliers": (("conv1/*", 2.0),), "frozen": ("conv1/*",)},
+            "lr_multipliers has 'conv1/.*', which matches frozen parameters alone",
         ),
     ],
 )
 def test_patterns_that_cannot_be_meant_are_refused(options, says):
     with pytest.raises(InputError, match=says):
         check_patterns(section(**options), PARAMS)
-    check_patterns(section(rate_patterns=("norm*/bias",), muon_learning_rate=0.1), PARAMS)
+    check_patterns(section(lr_multipliers=(("norm*/bias", 2.0),), muon_learning_rate=0.1), PARAMS)
 
 
 def test_sgd_of_2012_is_the_rule_of_the_paper():
@@ -324,8 +322,7 @@ def test_what_scales_the_rate_leaves_filters_at_their_norm(factor):
         learning_rate=1.0,
         muon_learning_rate=0.02,
         muon_normalize_filters=True,
-        rate_patterns=("conv1/*",),
-        rate_factors=(factor,),
+        lr_multipliers=(("conv1/*", factor),),
         schedule="plateau",
         plateau_patience=1,
         step_factor=0.5,

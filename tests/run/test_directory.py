@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alexnet_jax.config import FREE_KEYS, default_config, flatten
+from alexnet_jax.config import RESUMABLE, default_config, flatten
 from alexnet_jax.errors import InputError, SaveFailed
 from alexnet_jax.run.directory import (
     RunDirectory,
@@ -131,7 +131,7 @@ def test_what_is_not_computed_may_differ(tmp_path):
     open_once(tmp_path, config())
     others = {"data.data_dir": "/x", "checkpoint.every_seconds": 1.0, "writers.tensorboard": False}
     others |= {"data.in_memory": "off", "data.workers": 0, "data.prefetch": 3}
-    assert others.keys() == FREE_KEYS
+    assert others.keys() == RESUMABLE
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     for key, value in others.items():
         open_once(tmp_path, config(**{key: value}))
