@@ -562,7 +562,7 @@ def _make_report(folder: Path) -> None:
     except Exception as error:
         log.warning(
             "The report could not be made (%s: %s); the results are safe, and "
-            "`python scripts/report.py %s` tries again.",
+            "`alexnet-jax report %s` tries again.",
             type(error).__name__,
             error,
             shlex.quote(str(folder)),

@@ -66,7 +66,9 @@ def prepare(options: argparse.Namespace, workdir: Path) -> Path:
                 Image.fromarray(images[row]).save(folder / f"{row:05}.png")
     for tree in ("first5", "last5"):
         source_tree = workdir / "trees" / tree
-        call("scripts/prepare_data.py", source_tree, f"--name={tree}", f"--data_dir={data}")
+        call(
+            "-m", "alexnet_jax.cli", "prepare", source_tree, f"--name={tree}", f"--data_dir={data}"
+        )
     return data
 
 

@@ -1,4 +1,4 @@
-"""Evaluate the network of a run on a split: loss, accuracy, and accuracy per class.
+"""Evaluate the network of a run on a split: loss, accuracy, and each class.
 
 SPLIT is test, validation (which the run held out of train) or train, as in the run; anything else
 is a split of TFDS, such as "test[:50%]".

@@ -1,4 +1,4 @@
-"""Export the network of a run for other runtimes, and compare its predictions there.
+"""Export the network of a run for other runtimes, and compare it there.
 
 FORMAT is one of
   stablehlo   network.stablehlo, for jax.export.deserialize (CPU, CUDA, ROCm, TPU)

@@ -15,7 +15,7 @@ try:
     from optuna import distributions
 except ImportError:
     raise InputError(
-        'a sweep requires Optuna; install it: pip install --editable ".[tune]".'
+        'a sweep requires Optuna; install it: pip install "alexnet_jax[tune]".'
     ) from None
 
 # "section.key" of each option that is searched.

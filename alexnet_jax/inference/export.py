@@ -341,7 +341,7 @@ def _needs(module: str) -> Any:
     except ImportError as error:
         raise InputError(
             f"{module.partition('.')[0]} is not installed ({error}); exports need the extra "
-            '"export": pip install --constraint constraints.txt --editable ".[export]".'
+            '"export": pip install "alexnet_jax[export]".'
         ) from None
 
 

@@ -83,6 +83,7 @@ for name in {NAMES}:
     with contextlib.suppress(SystemExit):
         importlib.import_module(name).main(["--help"])
     assert "jax" not in sys.modules, name
+    assert "numpy" not in sys.modules or name.startswith("scripts."), name
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
 
