@@ -30,13 +30,12 @@ def decoded(source: Source) -> tuple[np.ndarray, np.ndarray]:
 
     Where they are more than `MIN_BYTES`, they are decoded once and cached.
     """
-
-    def compute() -> Arrays:
-        images, labels = source.read_all()
-        return {"images": images, "labels": labels}
-
-    size = len(source) * int(np.prod(source.image_shape))
-    arrays = load_or_compute(source, "images", compute) if size > MIN_BYTES else compute()
+    if len(source) * int(np.prod(source.image_shape)) <= MIN_BYTES:
+        return source.read_all()
+    names = ("images", "labels")
+    arrays = load_or_compute(
+        source, "images", lambda: dict(zip(names, source.read_all(), strict=True))
+    )
     return arrays["images"], arrays["labels"]
 
 

@@ -16,6 +16,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -103,25 +104,21 @@ def label_files(path: Path, test_fraction: float, *, progress: bool = False) -> 
                 raise InputError(f"{path} holds {entry.name} twice; pack the archive again.")
             folder.images.add(entry.name)
     copy = f" Links in it were not followed ({links:,}); copy what they name." if links else ""
-    splits = {split: _classes(root, path, copy) for split, root in _split_roots(top).items()}
-    class_names = tuple(sorted(splits["train"]))
-    for split, classes in splits.items():
-        for name in sorted(set(classes) - set(class_names)):
+    splits = {split: _labels(root, path, copy) for split, root in _split_roots(top).items()}
+    class_names = tuple(sorted(set(splits["train"].values())))
+    for split, labels in splits.items():
+        for name in sorted(set(labels.values()) - set(class_names)):
             raise InputError(f"{path} has the class {name} in {split} but not in train.")
     if len(class_names) < 2:
         found = f"only the class folder {class_names[0]}" if class_names else "no class folder"
         raise InputError(f"{path} holds {found} with images; at least two are needed.{copy}")
     if len(splits) == 1:
         splits = _hold_out(splits["train"], test_fraction)
-    labels = {
-        split: {name: label for label, names in classes.items() for name in names}
-        for split, classes in splits.items()
-    }
-    if not labels["test"]:
+    if not splits["test"]:
         raise InputError(
             f"{path} has too few images for a test split of {test_fraction}; raise --test_fraction."
         )
-    return LabeledFiles(path, class_names, labels, total - sum(map(len, labels.values())))
+    return LabeledFiles(path, class_names, splits, total - sum(map(len, splits.values())))
 
 
 def walk(path: Path) -> Iterator[Entry]:
@@ -312,14 +309,17 @@ class _Folder:
         below = (name for folder in self.folders.values() for name in folder.all_images())
         return [*self.images, *below]
 
+    def has_only_folders(self) -> bool:
+        return bool(self.folders) and not self.images
+
 
 def _split_roots(root: _Folder) -> dict[str, _Folder]:
     """Finds the folder of each split; all is train where there are no split folders."""
-    while len(root.folders) == 1 and _has_only_folders(only := next(iter(root.folders.values()))):
-        root = only
+    while len(below := list(root.folders.values())) == 1 and below[0].has_only_folders():
+        root = below[0]
     by_name = {name.lower(): folder for name, folder in sorted(root.folders.items())}
     # "train" may also be a class, next to "bus": then it has images of its own.
-    if "train" not in by_name or not _has_only_folders(by_name["train"]):
+    if "train" not in by_name or not by_name["train"].has_only_folders():
         return {"train": root}
     roots = {"train": by_name["train"]}
     for name, split in _HELD_OUT.items():
@@ -330,18 +330,15 @@ def _split_roots(root: _Folder) -> dict[str, _Folder]:
     return roots
 
 
-def _has_only_folders(folder: _Folder) -> bool:
-    return bool(folder.folders) and not folder.images
-
-
-def _classes(root: _Folder, path: Path, advice: str) -> dict[str, list[str]]:
-    """Lists the images of each class of a split."""
-    classes = {name: folder.all_images() for name, folder in sorted(root.folders.items())}
-    for name, images in classes.items():
+def _labels(root: _Folder, path: Path, advice: str) -> dict[str, str]:
+    """Returns the class of each image of a split."""
+    labels: dict[str, str] = {}
+    for name, folder in sorted(root.folders.items()):
+        images = folder.all_images()
         if not images:
             raise InputError(
-                f"The class folder {root.path / name} of {path} holds no image; fill or remove "
-                f"it.{advice}"
+                f"The class folder {folder.path} of {path} holds no image; fill or remove it."
+                f"{advice}"
             )
         # TFDS stores the names as stripped lines of a text file.
         if not name.isprintable() or name != name.strip():
@@ -349,16 +346,17 @@ def _classes(root: _Folder, path: Path, advice: str) -> dict[str, list[str]]:
                 f"{path} has the class {name!r}; a class must be named by printable characters "
                 "with no space at either end."
             )
-    return classes
+        labels |= dict.fromkeys(images, name)
+    return labels
 
 
-def _hold_out(
-    classes: Mapping[str, list[str]], test_fraction: float
-) -> dict[str, dict[str, list[str]]]:
+def _hold_out(labels: Mapping[str, str], test_fraction: float) -> dict[str, dict[str, str]]:
     """Splits each class by a hash of the names, which no other image or class can change."""
-    train, test = {}, {}
-    for label, names in classes.items():
-        ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-        count = min(round(len(ranked) * test_fraction), len(ranked) - 1)
-        train[label], test[label] = ranked[count:], ranked[:count]
-    return {"train": train, "test": test}
+    ranked = defaultdict(list)
+    for name in sorted(labels, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        ranked[labels[name]].append(name)
+    test: dict[str, str] = {}
+    for label, names in ranked.items():
+        count = min(round(len(names) * test_fraction), len(names) - 1)
+        test |= dict.fromkeys(names[:count], label)
+    return {"train": {n: label for n, label in labels.items() if n not in test}, "test": test}
