@@ -289,22 +289,6 @@ def test_records_make_the_same_table_and_curves(tmp_path, capsys):
     assert "have the same name, 'one'" in capsys.readouterr().err
 
 
-def test_the_curve_of_several_runs_is_their_mean_within_their_range():
-    def records(losses):
-        return [
-            {"step": n, "epoch": float(n), "split": "train", "loss": loss, "accuracy": 0.5}
-            | {"images": 1}
-            for n, loss in enumerate(losses, 1)
-        ]
-
-    runs = [records([4.0, 2.0]), records([2.0, 1.0])]
-    losses = [statistics.epoch_curves(run, "loss") for run in runs]
-    axes = plots.metric_curves({"loss": losses}, "two").axes[0]
-    np.testing.assert_allclose(axes.lines[0].get_ydata(), [3.0, 1.5])
-    corners = axes.collections[0].get_paths()[0].vertices
-    assert (corners[:, 1].min(), corners[:, 1].max()) == (1.0, 4.0)
-
-
 def test_the_ablation_leads_from_classic_to_best():
     ablation = program("configs", "ablation")
     first, last = (

@@ -16,8 +16,6 @@ from alexnet_jax.config import default_config, flatten
 from alexnet_jax.errors import InputError
 from alexnet_jax.experiments.report import class_table, epoch_curves, inputs, statistics
 from alexnet_jax.experiments.report.page import compact, plot_curves, write_report
-from alexnet_jax.plots import curves
-from alexnet_jax.plots import images as plots
 from alexnet_jax.run import files
 
 
@@ -143,11 +141,6 @@ def test_differences_of_configs():
     ]
 
 
-def test_evenly_spaced_keeps_the_ends():
-    assert curves.evenly_spaced(1000, 3).tolist() == [0, 500, 999]
-    assert curves.evenly_spaced(2, 3).tolist() == [0, 1]
-
-
 @pytest.mark.parametrize("records", [TRAIN[:2], TRAIN, ALL, []], ids=["one", "train", "all", "no"])
 def test_plot_curves_writes_a_picture(tmp_path, records):
     path = tmp_path / "curves.png"
@@ -243,21 +236,6 @@ def test_arrays_come_back_or_a_sentence(tmp_path):
         InputError, match=r"a\.npz is damaged .*; restore it from a copy, or delete it"
     ):
         files.read_npz(path)
-
-
-def test_sheets():
-    pictures = np.arange(2 * 3 * 2 * 2 * 3, dtype=np.uint8).reshape(2, 3, 2, 2, 3)
-    sheet = plots.tile(pictures)
-    assert sheet.shape == (5, 8, 4)
-    np.testing.assert_array_equal(sheet[3:, 6:, :3], pictures[1, 2])
-    assert (sheet[2] == 0).all()
-    filters = np.random.default_rng(0).normal(size=(20, 3, 3, 3)).astype(np.float32)
-    sheet = plots.filter_grid(filters)
-    assert sheet.shape == (7, 63, 4)
-    assert sheet[..., :3].min() == 0
-    assert sheet[..., :3].max() == 255
-    assert (sheet[4:, 16:, 3] == 0).all()
-    assert (sheet[4:7, 12:15, 3] == 255).all()
 
 
 # Whole pages
@@ -461,6 +439,15 @@ def test_a_run_of_an_earlier_version_shows_what_it_has(tmp_path):
     write_report(folder)
     assert not old.exists()
     assert any((folder / "figures").iterdir())
+
+
+def test_arrays_with_the_names_of_an_earlier_version_are_shown(tmp_path):
+    folder = make_run(tmp_path / "run")
+    arrays = files.read_npz(folder / "report.npz")
+    images = arrays.pop("misclassified_images")
+    old = {"mistake_index": arrays.pop("misclassified_index"), "mistake_pictures": images}
+    files.write_npz(folder / "report.npz", arrays | old)
+    assert write_report(folder).read_text().count("<li><figure><img") == len(images) > 0
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from alexnet_jax.config import default_config
 from alexnet_jax.errors import InputError
 from alexnet_jax.experiments import sweep
 from alexnet_jax.experiments.search_space import parse_space
-from alexnet_jax.plots import style
 from alexnet_jax.plots import trials as plots
 from alexnet_jax.run import directory
 
@@ -374,8 +373,3 @@ def test_the_program_answers_mistakes_in_a_sentence(arguments, message, capsys, 
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert message in said
-
-
-def test_the_figure_of_few_trials_and_of_none_is_drawn():
-    for trials in ([], [("fail", None, {})], [("complete", 0.5, {"model.dropout": 0.1})]):
-        assert style.png(plots.search(trials, {})).startswith(b"\x89PNG")
