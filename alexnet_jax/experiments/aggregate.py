@@ -75,8 +75,10 @@ def read_run(folder: Path) -> RunResult:
     Raises:
         InputError: It is not a run folder, or the run is not finished.
     """
-    names = (directory.CONFIG, directory.DATASET, directory.RESULTS)
-    options, dataset, results = (files.read_json(folder / name) for name in names)
+    options = directory.read_options(folder)
+    dataset, results = (
+        files.read_json(folder / name) for name in (directory.DATASET, directory.RESULTS)
+    )
     if options is None:
         raise InputError(f"{folder} is not a run folder: it has no {directory.CONFIG}.")
     if dataset is None or results is None:

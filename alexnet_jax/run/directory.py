@@ -30,6 +30,7 @@ from alexnet_jax.run.files import read_json as read_json
 from alexnet_jax.run.files import remove_unfinished
 from alexnet_jax.run.files import write_bytes as write_whole  # noqa: F401 - its name until now
 from alexnet_jax.run.files import write_json as write_json
+from alexnet_jax.run.migrate import migrate
 from alexnet_jax.run.writers import METRICS as METRICS
 from alexnet_jax.run.writers import log_to_file
 
@@ -275,7 +276,7 @@ def has_begun(folder: Path) -> bool:
 
 def _check_config(folder: Path, config: ConfigDict) -> None:
     """Writes down the config of a run; in the folder of an old one refuses any that is another."""
-    before = read_json(folder / CONFIG)
+    before = read_options(folder)
     now = _options(config)
     if before is None or not has_begun(folder):
         # New, or begun and ended by a mistake before the first step: free to be another run.
@@ -332,13 +333,26 @@ def _options(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(dict(flatten(config))))
 
 
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def read_options(folder: Path) -> dict[str, Any] | None:
+    """Returns the options of a run by "section.name", as JSON has them; None without a run.
+
+    Options of an earlier version have their present names.
+    """
+    options = read_json(folder / CONFIG)
+    return None if options is None else migrate(options)
+
+
 def read_config(folder: Path) -> ConfigDict:
     """Reads the config of a run. An option that is newer than the run has its default.
 
     Raises:
         InputError: The folder holds no run, or its config cannot be used here.
     """
-    options = read_json(folder / CONFIG)
+    options = read_options(folder)
     if options is None:
         raise InputError(
             f"{folder} is no run folder, as it holds no {CONFIG}; name one that a training run "
@@ -348,12 +362,11 @@ def read_config(folder: Path) -> ConfigDict:
         config = default_config(options.get("model.name"))
         known = dict(flatten(config))
         for key in options.keys() - known.keys():
-            raise InputError(f"config.{key} is no option of this version")
+            raise InputError(f"unknown option config.{key}")
         for key, value in options.items():
             section, _, name = key.rpartition(".")
-            # JSON has lists for tuples; ConfigDict refuses any other change of type.
-            given = tuple(value) if isinstance(value, list) else value
-            (config[section] if section else config)[name] = given
+            # JSON has lists for tuples; ConfigDict rejects any other change of type.
+            (config[section] if section else config)[name] = _tuples(value)
         validate(config)
     except (InputError, TypeError) as error:
         text = str(error).rstrip(".")

@@ -29,7 +29,7 @@ class ReportRun:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder = folder.expanduser().absolute()
-        self.config: dict[str, Any] = files.read_json(folder / directory.CONFIG) or {}
+        self.config: dict[str, Any] = directory.read_options(folder) or {}
         if not {"model.name", "data.name"} <= self.config.keys():
             raise InputError(
                 f"{folder} is not a run folder: it has no {directory.CONFIG} of a run; name the "
