@@ -84,7 +84,7 @@ def read_run(folder: Path) -> RunResult:
     if dataset is None or results is None:
         raise InputError(f"the run in {folder} is not finished; rerun its command to resume it.")
     try:
-        defaults = directory.fixed_options(default_config(options.get("model.name")))
+        defaults = directory.fixed_options(default_config(options.get("model.name", "")))
     except InputError:  # a network that this version does not have
         defaults = {}
     return RunResult(folder, defaults | options, dataset, results)

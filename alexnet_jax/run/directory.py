@@ -283,7 +283,7 @@ def _check_config(folder: Path, config: ConfigDict) -> None:
         write_json(folder / CONFIG, now)
         return
     try:
-        known = _options(default_config(before.get("model.name")))
+        known = _options(default_config(before.get("model.name", "")))
     except InputError:  # a network that this version does not have, and so another one
         known = before
     if gone := sorted(before.keys() - known.keys()):
@@ -303,7 +303,7 @@ def _check_config(folder: Path, config: ConfigDict) -> None:
             f"{folder} holds a run with another config: {'; '.join(differing)}. Give the old "
             "values to go on with it, or another --workdir to start anew."
         )
-    if before != now:  # as where the data lie, which those who use the network look up here
+    if read_json(folder / CONFIG) != now:  # other names of options, or another place of the data
         write_json(folder / CONFIG, now)
 
 
@@ -359,7 +359,7 @@ def read_config(folder: Path) -> ConfigDict:
             "has made, such as runs/digits."
         )
     try:
-        config = default_config(options.get("model.name"))
+        config = default_config(options.get("model.name", ""))
         known = dict(flatten(config))
         for key in options.keys() - known.keys():
             raise InputError(f"unknown option config.{key}")
