@@ -30,6 +30,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         from alexnet_jax.run import writers
 
         writers.log_to_terminal()
+        # absl lets every library talk at INFO, such as JAX of the backends that it did not find.
+        logging.getLogger("jax").setLevel(logging.WARNING)
         notes = environment.prepare()
         with initialize.initialized(flags) as process:
             if process:
@@ -44,14 +46,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         if not process:
             others = "\nand the other processes likewise, each with its own --process_id."
-            print(
+            common.say(
                 f"Saved at step {stop.step:,}. To go on:\n  {again}"
-                f"{others if flags.num_processes is not None else ''}",
-                file=sys.stderr,
+                f"{others if flags.num_processes is not None else ''}"
             )
         return stop.exit_code
     except KeyboardInterrupt:
-        print(f"\nStopped; nothing saved is lost. To go on:\n  {again}", file=sys.stderr)
+        common.say(f"\nStopped; nothing saved is lost. To go on:\n  {again}")
         return EXIT_CTRL_C
     return 0
 

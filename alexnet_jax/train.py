@@ -169,16 +169,15 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
             f"{mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}",
             f" of {jax.process_count()} processes" if jax.process_count() > 1 else "",
         )
-        with collectives.fail_together():
-            writer = writers.RunWriter(
-                folder if first else None,
-                step=state.steps_taken,
-                total_steps=config.train.epochs * steps_per_epoch,
-                steps_per_epoch=steps_per_epoch,
-                seconds_before=progress["train_seconds"],
-                tensorboard=config.writers.tensorboard,
-            )
-        closing_all.enter_context(closing(writer))
+        writer = writers.MetricWriter(
+            folder,
+            step=state.steps_taken,
+            total_steps=config.train.epochs * steps_per_epoch,
+            steps_per_epoch=steps_per_epoch,
+            seconds_before=progress["train_seconds"],
+            tensorboard=config.writers.tensorboard,
+        )
+        closing_all.enter_context(writer)
         stopped, state = _loop(config, data, programs, schedule, state, checkpoints, writer, mesh)
         if not stopped:
             results, answers = _measure_at_the_end(config, data, programs, state, writer, mesh)
@@ -197,11 +196,6 @@ def _train(config: ConfigDict, folder: Path, mesh: Mesh) -> dict[str, Any]:
     # All is written now, also by the threads and the process that write behind the run's back.
     with collectives.fail_together():
         if first:
-            if not writer.complete:
-                raise SaveFailed(
-                    f"{folder / directory.METRICS} could not be completed; mend that and give "
-                    "the same command again."
-                )
             from alexnet_jax.experiments.report.page import plot_curves  # 0.5 s of Matplotlib
 
             records = writers.read_metrics(folder / directory.METRICS)
@@ -379,7 +373,7 @@ def _loop(
     schedule: optax.Schedule,
     state: TrainState,
     checkpoints: Checkpoints,
-    writer: writers.RunWriter,
+    writer: writers.MetricWriter,
     mesh: Mesh,
 ) -> tuple[bool, TrainState]:
     """Trains to the end or until asked to stop; returns whether it was, and the state, saved."""
@@ -409,7 +403,7 @@ def _loop(
             whose = replicas.not_finite(measured["loss"], config.seed)
             raise _diverged(f"the loss{whose} is {figures['loss']}", last, rate)
         figures["learning_rate"] = rate
-        writer.trained(last, count * config.train.batch_size * config.num_seeds, figures)
+        writer.write_train(last, count * config.train.batch_size * config.num_seeds, figures)
 
     feeding = data.train.feed(steps.order_key(state.key), step)
     with stop_requests() as stop_requested, feeding as feed:
@@ -468,7 +462,7 @@ def _diverged(what: str, step: int, rate: float) -> Diverged:
 
 
 def _validate(
-    data: RunData, programs: Programs, state: TrainState, writer: writers.RunWriter
+    data: RunData, programs: Programs, state: TrainState, writer: writers.MetricWriter
 ) -> dict[str, Any]:
     """Measures the network on the validation images; returns the figures to judge it by."""
     if not data.validation:
@@ -478,7 +472,7 @@ def _validate(
     results = evaluate(measures, data.validation)
     for split, result in results.items():
         figures = replicas.summary({name: result[name] for name in ("loss", "accuracy")})
-        writer.measured(step, split, figures)
+        writer.write_eval(step, split, figures)
         log.info(
             "step %s, %s: loss %.4f, accuracy %s; %s left",
             f"{step:,}",
@@ -495,7 +489,7 @@ def _measure_at_the_end(
     data: RunData,
     programs: Programs,
     state: TrainState,
-    writer: writers.RunWriter,
+    writer: writers.MetricWriter,
     mesh: Mesh,
 ) -> tuple[dict[str, Any], inputs.Predictions]:
     """Measures the finished network on the validation and test images; returns the results.
@@ -538,7 +532,7 @@ def _measure_at_the_end(
         confusion = confusion.reshape(-1, *confusion.shape[-2:]).sum(0)
         results[name] = figures | {"confusion": confusion.tolist()}
         if name.startswith("test") or "_tta" in name:  # the others stand there already
-            writer.measured(results["step"], name, figures)
+            writer.write_eval(results["step"], name, figures)
     return results, answers
 
 

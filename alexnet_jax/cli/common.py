@@ -12,6 +12,7 @@ import select
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, ParamSpec, TextIO
 
@@ -112,14 +113,15 @@ def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
                 code = main(*args, **kwargs) or 0
             except (InputError, Diverged, SaveFailed) as error:
                 code = error.exit_code
-                print(f"error: {error}", file=sys.stderr)
+                say(f"error: {error}")
             except KeyboardInterrupt:
                 code = EXIT_CTRL_C
-                print("Interrupted.", file=sys.stderr)
+                say("Interrupted.")
             except SystemExit:  # argparse has printed its help
                 print(end="", flush=True)
                 raise
-            print(end="", flush=True)  # at the end of the process it is too late to notice
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()  # at the end of the process it is too late to notice
         except OSError as error:
             return _write_failed(error) or code
         return code
@@ -137,22 +139,23 @@ def _write_failed(error: OSError) -> int:
     if error.errno in _DISK_FULL:
         code = EXIT_NOT_SAVED
         where = error.filename or "the output"
-        print(f"error: {where} could not be written ({error.strerror}).", file=sys.stderr)
+        say(f"error: {where} could not be written ({error.strerror}).")
     elif not (isinstance(error, BrokenPipeError) and any(map(_is_closed, streams))):
         raise error
     for stream in streams:
         try:
             stream.flush()
         except OSError:  # at its end the process would try again
-            silence(stream)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
     return code
 
 
-def silence(stream: TextIO) -> None:
-    """Discards what is written to a stream from now on."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+def say(text: str) -> None:
+    """Prints to standard error, whether or not anybody reads it."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _is_closed(stream: TextIO) -> bool:

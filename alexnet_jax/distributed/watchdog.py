@@ -136,6 +136,7 @@ def exit_on_error() -> Iterator[None]:
 
 def exit_now(message: str, code: int = EXIT_LOST) -> NoReturn:
     """Ends the process although other threads wait, in vain, for other processes."""
-    print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(code)

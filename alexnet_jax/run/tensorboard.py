@@ -1,11 +1,11 @@
-"""Writes TensorBoard events from the files of a run, in a process of its own, through CLU.
+"""Writes TensorBoard events from the files of a run through CLU, in a process of its own.
 
-CLU's writer needs TensorFlow, which takes seconds to import, talks to the terminal from C++, and
-reserves GPU memory. In another process none of that reaches the training.
+CLU's writer needs TensorFlow, which takes seconds to import, writes to the terminal from C++, and
+reserves GPU memory. From another process none of that reaches the training.
 
-Run by `run.writers.TensorBoard` as ``python -m alexnet_jax.run.tensorboard FOLDER OFFSET``;
-it follows ``metrics.jsonl`` from the byte OFFSET on and ends when its standard input does. When it
-begins, it writes config, network and command; at the end of a run, images and histograms.
+``python -m alexnet_jax.run.tensorboard FOLDER OFFSET`` follows ``metrics.jsonl`` from byte OFFSET
+on until its standard input ends. It begins with config, model and environment; at the end of a run
+it adds images and histograms.
 """
 
 import json
@@ -13,18 +13,19 @@ import os
 import select
 import signal
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alexnet_jax.run.files import read_npz
+from alexnet_jax.run.files import read_json, read_npz
 
-SECONDS_BETWEEN_LOOKS = 1.0
+POLL_SECONDS = 1.0
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """Names the figures of a metrics record as TensorBoard shows them, "split/figure"."""
+    """Returns the metrics of a record by the tags of TensorBoard, "split/metric"."""
     return {
         f"{record['split']}/{name}": value
         for name, value in record.items()
@@ -40,31 +41,26 @@ def hparams(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def markdown(rows: list[tuple[str, Any]]) -> str:
-    """Lays (name, value) out as a table for TensorBoard's texts, whatever stands in a value."""
-    lines = ["| | |", "|---|---|"]
-    for name, value in rows:
-        text = json.dumps(value) if not isinstance(value, str) else value
-        lines.append(f"| {name} | {_as_code(text)} |")
-    return "\n".join(lines)
-
-
-def _as_code(text: str) -> str:
-    return "".join(c if c.isalnum() or c in " _-=./,:'()[]" else f"&#{ord(c)};" for c in text)
+def markdown(values: dict[str, Any]) -> str:
+    """Formats values by name as a table, with all that Markdown and HTML would read escaped."""
+    rows = ["| | |", "|---|---|"]
+    for name, value in values.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        safe = (c if c.isalnum() or c in " _-=./,:'()[]" else f"&#{ord(c)};" for c in text)
+        rows.append(f"| {name} | {''.join(safe)} |")
+    return "\n".join(rows)
 
 
 def texts(folder: Path) -> dict[str, str]:
-    """Reads what TensorBoard shows as text: the config, the network, and where it is trained."""
+    """Reads what TensorBoard shows as text: the config, the environment, and the model."""
     found = {}
     for name in ("config", "environment"):
-        path = folder / f"{name}.json"
-        if path.exists():
-            values = json.loads(path.read_text())
+        if values := read_json(folder / f"{name}.json"):
             values |= {f"version of {k}": v for k, v in values.pop("versions", {}).items()}
-            found[name] = markdown(list(values.items()))
+            found[name] = markdown(values)
     path = folder / "model.txt"
-    if path.exists():  # four spaces make it stand as it is
-        found["network"] = "\n".join(f"    {line}" for line in path.read_text().splitlines())
+    if path.exists():
+        found["network"] = textwrap.indent(path.read_text(), "    ")  # verbatim
     return found
 
 
@@ -92,50 +88,52 @@ def images(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def histograms(folder: Path) -> dict[str, np.ndarray]:
-    """Reads the histograms of the parameters, float64[bins, 3] of (left, right, count), by path."""
-    arrays = read_npz(folder / "report.npz")
-    prefix = "histograms/"
-    return {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)}
-
-
 def follow(folder: Path, offset: int) -> None:
     """Writes each record after `offset` as events into `folder`, until standard input ends."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # TensorFlow draws no memory from the GPUs
-    from clu.metric_writers import SummaryWriter
-
-    writer = SummaryWriter(str(folder))
-    step = 0
+    writer, step, ended = None, 0, False
     with (folder / "metrics.jsonl").open() as file:
         file.seek(offset)
-        config = folder / "config.json"
-        if config.exists():
-            writer.write_hparams(hparams(json.loads(config.read_text())))
-        writer.write_texts(step, texts(folder))
-        ended = False
         while not ended:
-            ended = bool(select.select([sys.stdin], [], [], SECONDS_BETWEEN_LOOKS)[0])
+            ended = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])
             position = file.tell()
-            while line := file.readline():
-                if not line.endswith("\n"):  # half-written: look again
-                    file.seek(position)
-                    break
+            while (line := file.readline()).endswith("\n"):
+                # Only now: importing TensorFlow would delay the first step.
+                writer = writer or _open(folder)
                 record = json.loads(line)
                 step = record["step"]
                 writer.write_scalars(step, scalars(record))
                 position = file.tell()
-            writer.flush()
-    if (folder / "report.npz").exists():  # as it does once the network has been measured
-        _write_end(folder, writer, step)
-    writer.close()
+            file.seek(position)  # of a line that is not whole yet
+            if writer:
+                writer.flush()
+    if writer:
+        if (folder / "report.npz").exists():  # the run has been evaluated
+            _write_end(folder, writer, step)
+        writer.close()
+
+
+def _open(folder: Path) -> Any:
+    """Returns CLU's writer, after it has written config, environment and model."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # TensorFlow reserves no memory of the GPUs
+    from clu.metric_writers import SummaryWriter
+
+    writer = SummaryWriter(str(folder))
+    if config := read_json(folder / "config.json"):
+        writer.write_hparams(hparams(config))
+    writer.write_texts(0, texts(folder))
+    return writer
 
 
 def _write_end(folder: Path, writer: Any, step: int) -> None:
     from tensorboard.plugins.histogram import metadata
 
     writer.write_images(step, images(folder))
-    # They are counted already, so they go past CLU, which would count them.
-    found = {f"parameters/{name}": values for name, values in histograms(folder).items()}
+    # Histograms, float64[bins, 3] of (left, right, count), go past CLU, which would count them.
+    found = {
+        name.replace("histograms/", "parameters/", 1): bins
+        for name, bins in read_npz(folder / "report.npz").items()
+        if name.startswith("histograms/")
+    }
     how = {name: metadata.create_summary_metadata(name, description="") for name in found}
     writer.write_summaries(step, found, how)
 

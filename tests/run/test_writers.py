@@ -13,18 +13,20 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from alexnet_jax.errors import SaveFailed
 from alexnet_jax.experiments.report import inputs
 from alexnet_jax.run import files, tensorboard, writers
-from alexnet_jax.run.writers import MetricsFile, Progress, RunWriter, TensorBoard, read_metrics
+from alexnet_jax.run.writers import MetricsFile, MetricWriter, Progress, TensorBoard, read_metrics
 
-FIGURES = {"loss": 2.0, "accuracy": 0.25}
+METRICS = {"loss": 2.0, "accuracy": 0.25}
 
 
-def record(step, split="train", **figures):
-    return {"step": step, "epoch": step / 10, "split": split, **figures}
+def record(step, split="train", **metrics):
+    return {"step": step, "epoch": step / 10, "split": split, **metrics}
 
 
 def fill(path, *steps):
@@ -34,8 +36,8 @@ def fill(path, *steps):
     metrics.close()
 
 
-def run_writer(path, step, total_steps, steps_per_epoch, seconds_before):
-    return RunWriter(
+def metric_writer(path, step, total_steps, steps_per_epoch, seconds_before):
+    return MetricWriter(
         path.parent,
         step=step,
         total_steps=total_steps,
@@ -123,10 +125,24 @@ class FullDisk:
         return getattr(self.file, name)
 
 
-def test_on_a_full_disk_records_wait_for_room(path, caplog):
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Files that are opened without a buffer are on a full disk; returns the function to see it."""
+    opened, disks = Path.open, []
+
+    def open_on_disk(path, *arguments, **options):
+        file = opened(path, *arguments, **options)
+        if options.get("buffering") == 0:
+            disks.append(file := FullDisk(file))
+        return file
+
+    monkeypatch.setattr(Path, "open", open_on_disk)
+    return lambda: disks[-1]
+
+
+def test_on_a_full_disk_records_wait_for_room(path, caplog, full_disk):
     caplog.set_level(logging.INFO, "alexnet_jax")
     metrics = MetricsFile(path, last_step=0)
-    metrics._file = FullDisk(metrics._file)
     for step in (1, 2):
         metrics.write(record(step))
     assert not metrics.complete
@@ -134,7 +150,7 @@ def test_on_a_full_disk_records_wait_for_room(path, caplog):
         "metrics.jsonl cannot be written (No space left on device); "
         "what is missing there follows when it can."
     ]
-    metrics._file.room = 10**6
+    full_disk().room = 10**6
     metrics.write(record(3))
     assert metrics.complete
     assert caplog.messages[1:] == ["metrics.jsonl is complete again."]
@@ -142,12 +158,25 @@ def test_on_a_full_disk_records_wait_for_room(path, caplog):
     assert read_metrics(path) == [record(step) for step in (1, 2, 3)]
 
 
-def test_lost_figures_are_missed_on_resume(path, caplog):
+def test_a_run_with_incomplete_metrics_fails_unless_it_has_failed(path, full_disk):
+    def train(error=None):
+        with metric_writer(path, 0, 9, 9, seconds_before=0.0) as writer:
+            writer.write_train(1, 100, METRICS)
+            if error:
+                raise error
+
+    with pytest.raises(SaveFailed, match=r"metrics\.jsonl could not be completed; fix this"):
+        train()
+    with pytest.raises(KeyError):
+        train(KeyError())
+
+
+def test_lost_metrics_are_missed_on_resume(path, caplog):
     fill(path, 1, 2)
     MetricsFile(path, last_step=2).close()
     assert caplog.text == ""
     MetricsFile(path, last_step=4).close()
-    assert "metrics.jsonl lacks the figures after step 2" in caplog.text
+    assert "metrics.jsonl lacks the metrics after step 2" in caplog.text
 
 
 def ask(port, address, body=None):
@@ -191,7 +220,7 @@ def test_tensorboard_itself_shows_a_run(tmp_path):
     )
     fill(folder / "metrics.jsonl", 1, 2)  # by an earlier session, which has its own events
     metrics = MetricsFile(folder / "metrics.jsonl", last_step=2)
-    board = TensorBoard(folder, (folder / "metrics.jsonl").stat().st_size)
+    board = TensorBoard(folder)
     metrics.write(record(3, loss=0.5, images=128))
     metrics.write(record(4, loss=0.125, images=128))
     metrics.write(record(4, "validation", loss=0.5, accuracy=0.25))  # of a run without a test
@@ -245,14 +274,14 @@ def test_tensorboard_itself_shows_a_run(tmp_path):
 
 
 def test_texts_of_tensorboard_are_text():
-    shown = tensorboard.markdown([("a", "1|2 <b> `x`"), ("b", [1, 2])])
+    shown = tensorboard.markdown({"a": "1|2 <b> `x`", "b": [1, 2]})
     assert shown.split("\n")[2:] == [
         "| a | 1&#124;2 &#60;b&#62; &#96;x&#96; |",
         "| b | [1, 2] |",
     ]
 
 
-def test_scalars_are_the_figures():
+def test_scalars_are_the_metrics():
     found = tensorboard.scalars(record(3, "test", loss=0.5, images=128))
     assert found == {"test/loss": 0.5}
 
@@ -260,8 +289,8 @@ def test_scalars_are_the_figures():
 @pytest.mark.parametrize(
     ("missing", "says"),
     [
-        (("tensorflow",), "for want of tensorflow;"),
-        (("tensorboard", "tensorflow"), "for want of tensorflow and tensorboard;"),
+        (("tensorflow",), "No TensorBoard events are written without tensorflow;"),
+        (("tensorboard", "tensorflow"), "without tensorflow and tensorboard;"),
     ],
 )
 def test_without_tensorflow_it_says_so_once(path, monkeypatch, caplog, missing, says):
@@ -270,7 +299,7 @@ def test_without_tensorflow_it_says_so_once(path, monkeypatch, caplog, missing, 
         importlib.util, "find_spec", lambda name: None if name in missing else real(name)
     )
     fill(path, 1)
-    board = TensorBoard(path.parent, 0)
+    board = TensorBoard(path.parent)
     board.close()
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING
@@ -281,7 +310,7 @@ def test_without_tensorflow_it_says_so_once(path, monkeypatch, caplog, missing, 
 def test_a_child_that_dies_costs_a_warning(path, monkeypatch, caplog):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     fill(path, 1)
-    TensorBoard(path.parent, 0).close()
+    TensorBoard(path.parent).close()
     (warning,) = caplog.records
     assert "TensorBoard events are incomplete (exit code 1)" in warning.getMessage()
 
@@ -294,7 +323,7 @@ def test_a_child_that_hangs_is_ended(path, monkeypatch, caplog):
     monkeypatch.setattr(TensorBoard, "PATIENCE", 0.1)
     fill(path, 1)
     start = time.monotonic()
-    TensorBoard(path.parent, 0).close()
+    TensorBoard(path.parent).close()
     assert time.monotonic() - start < 20
     assert "TensorBoard events are incomplete" in caplog.text
 
@@ -302,10 +331,10 @@ def test_a_child_that_hangs_is_ended(path, monkeypatch, caplog):
 def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch, caplog, capsys):
     caplog.set_level(logging.INFO, "alexnet_jax")
     progress = Progress(total_steps=2000)
-    progress.update(record(1000, **FIGURES, images_per_second=12345.6))
+    progress.update(record(1000, **METRICS, images_per_second=12345.6))
     assert caplog.text == ""
     monkeypatch.setattr(Progress, "PLAIN_SECONDS", 0.0)
-    progress.update(record(1500, **FIGURES, images_per_second=12345.6))
+    progress.update(record(1500, **METRICS, images_per_second=12345.6))
     progress.close()
     (line,) = caplog.messages
     assert line == ("step 1,500 of 2,000: loss 2.000, accuracy 25.0%, 12,346 images/s, 00:00 left")
@@ -316,7 +345,7 @@ def test_time_left_is_from_the_pace_since_the_first_update(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
     progress = Progress(total_steps=300)
-    progress.update(record(100, **FIGURES, images_per_second=1.0))
+    progress.update(record(100, **METRICS, images_per_second=1.0))
     assert progress.seconds_left(100) == 0.0  # nothing is known yet
     now[0] = 150.0
     assert progress.seconds_left(200) == pytest.approx(50.0)
@@ -328,35 +357,33 @@ def test_duration(seconds, text):
     assert writers.duration(seconds) == text
 
 
-def test_run_writer_keeps_the_books(path, monkeypatch):
+def test_metric_writer_keeps_the_books(path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
-    writer = run_writer(path, 10, 40, 20, seconds_before=7.0)
-    now[0] = 102.0
-    writer.trained(20, 100, FIGURES)
-    now[0] = 110.0
-    writer.measured(20, "validation", FIGURES)
-    now[0] = 111.0
-    writer.trained(30, 100, FIGURES)
-    assert writer.seconds == 18.0
-    writer.close()
+    with metric_writer(path, 10, 40, 20, seconds_before=7.0) as writer:
+        now[0] = 102.0
+        writer.write_train(20, 100, METRICS)
+        now[0] = 110.0
+        writer.write_eval(20, "validation", METRICS)
+        now[0] = 111.0
+        writer.write_train(30, 100, METRICS)
+        assert writer.seconds == 18.0
     first, measured, second = read_metrics(path)
-    assert first == {"step": 20, "epoch": 1.0, "split": "train", **FIGURES} | {
+    assert first == {"step": 20, "epoch": 1.0, "split": "train", **METRICS} | {
         "images": 100,
         "images_per_second": 50.0,
     }
-    assert measured == {"step": 20, "epoch": 1.0, "split": "validation", **FIGURES}
+    assert measured == {"step": 20, "epoch": 1.0, "split": "validation", **METRICS}
     assert second["images_per_second"] == 100.0  # the evaluation before does not count
 
 
 def test_the_pace_is_measured_over_several_dispatches(path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
-    writer = run_writer(path, 0, 9, 9, seconds_before=0.0)
-    for step, seconds in ((1, 2.0), (2, 4.0), (3, 4.001)):
-        now[0] = seconds
-        writer.trained(step, 100, FIGURES)
-    writer.close()
+    with metric_writer(path, 0, 9, 9, seconds_before=0.0) as writer:
+        for step, seconds in ((1, 2.0), (2, 4.0), (3, 4.001)):
+            now[0] = seconds
+            writer.write_train(step, 100, METRICS)
     assert [round(r["images_per_second"]) for r in read_metrics(path)] == [50, 50, 75]
 
 
@@ -383,34 +410,52 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, target, caplog, cap
     assert capsys.readouterr() == ("", "")
 
 
+def test_other_processes_than_the_first_write_nothing(path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with metric_writer(path, 0, 9, 9, seconds_before=0.0) as writer:
+        writer.write_train(1, 100, METRICS)
+        assert writer.progress.seconds_left(9) == 0.0
+    assert list(path.parent.iterdir()) == []
+
+
 def test_a_run_saves_though_nobody_reads_what_it_says(tmp_path):
     """Ctrl-C ends `tee`, too, in `... 2>&1 | tee log`."""
     code = """
         import logging, os, signal, sys
-        from alexnet_jax.run import writers
+        from alexnet_jax.cli import common
         from alexnet_jax.distributed.preemption import stop_requests
-        writers.log_to_terminal()
-        with stop_requests() as stop_requested:
-            os.kill(os.getpid(), signal.SIGINT)
-            logging.getLogger("alexnet_jax").info("on")
-        print("Saved", file=sys.stderr)
-        open(sys.argv[1], "w").write(str(stop_requested()))
+        from alexnet_jax.run import writers
+
+        @common.entry_point()
+        def main():
+            writers.log_to_terminal()
+            with stop_requests() as stop_requested:
+                os.kill(os.getpid(), signal.SIGINT)
+                logging.getLogger("alexnet_jax").info("on")
+            common.say("Saved")
+            open(sys.argv[1], "w").write(str(stop_requested()))
+            return 75
+
+        sys.exit(main())
     """
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "asked")]
     with open(writer, "wb") as nobody:
-        subprocess.run(command, stderr=nobody, check=True)
+        assert subprocess.run(command, stderr=nobody).returncode == 75
     assert (tmp_path / "asked").read_text() == "True"
 
 
 def test_log_to_terminal_speaks_once(capsys):
     log = logging.getLogger("alexnet_jax")
     before = log.handlers[:], log.level, log.propagate
+    others = [logging.getLogger(name) for name in ("", "jax", "absl")]
+    levels = [(other.level, other.handlers[:]) for other in others]
     try:
         writers.log_to_terminal()
         writers.log_to_terminal()
         log.info("hello")
         assert capsys.readouterr() == ("", "hello\n")
+        assert [(other.level, other.handlers) for other in others] == levels
     finally:
         log.handlers[:], log.level, log.propagate = before
