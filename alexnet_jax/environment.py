@@ -1,4 +1,4 @@
-"""What a program sets up before JAX starts: how memory is kept, and compiled programs."""
+"""What a program sets up before it uses JAX: the allocator and the compilation cache."""
 
 import ctypes
 import functools
@@ -12,61 +12,56 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import platformdirs
+
 # Of glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _CACHE_BYTES = 2**30
 
 
 def prepare() -> list[str]:
-    """Applies the settings of this module; for programs, before they compute anything.
-
-    Returns:
-        What was done, as sentences for the log.
-    """
-    return [note for note in (keep_freed_memory(), keep_compiled_programs()) if note]
+    """Applies the settings of this module; for programs. Returns what was done, for the log."""
+    return [note for note in (keep_freed_memory(), cache_compiled_programs()) if note]
 
 
 def cache_folder() -> Path:
-    """Returns where the user's own cache of this library lies, which may not be there yet."""
+    """Returns this library's folder in the user's cache, which may not exist yet."""
     try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home, as of some containers
-        home = Path(_folder_of_this_process().name)
-    return home / "alexnet_jax"
+        return platformdirs.user_cache_path("alexnet_jax")
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(_temporary_cache().name, "alexnet_jax")
 
 
 @functools.cache
-def _folder_of_this_process() -> tempfile.TemporaryDirectory[str]:
+def _temporary_cache() -> tempfile.TemporaryDirectory[str]:
     # Not one for all processes: in a folder for everyone, that name could be another user's.
     return tempfile.TemporaryDirectory(prefix="cache-")
 
 
 def keep_freed_memory() -> str:
-    """Lets glibc reuse the memory of one step in the next, not return it to the system between.
+    """Makes glibc reuse the memory of one step in the next, instead of returning it to the system.
 
     On a CPU every array of a step is allocated anew, and fresh pages cost more than what is
     written into them: a step of the reference network took 1.09 to 1.25 times as long without
-    this (2 cores, `docs/performance.md`). An environment variable ``MALLOC_...`` that is set
-    is obeyed instead. Without glibc nothing is done.
+    this (2 cores, `docs/performance.md`). Environment variables ``MALLOC_...`` take precedence.
     """
-    given = [name for name in os.environ if name.startswith("MALLOC_")]
+    given = sorted(name for name in os.environ if name.startswith("MALLOC_"))
     if given:
-        return f"Freed memory is kept or not as {', '.join(sorted(given))} says."
-    if platform.libc_ver()[0] != "glibc":
-        return ""
-    libc = ctypes.CDLL(None)
+        return f"Whether freed memory is kept is left to {', '.join(given)}."
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_ARENA_MAX: 1}
-    if not all(libc.mallopt(key, value) for key, value in settings.items()):
+    if platform.libc_ver()[0] != "glibc" or not all(
+        ctypes.CDLL(None).mallopt(key, value) for key, value in settings.items()
+    ):
         return ""
-    return "Freed memory is kept for the next step (variables MALLOC_... override it)."
+    return "Freed memory is kept for the next step (variables MALLOC_... override this)."
 
 
-def keep_compiled_programs() -> str:
-    """Keeps compiled programs on disk, so that a second run of the same network starts at once.
+def cache_compiled_programs() -> str:
+    """Caches compiled programs on disk, so that a second run of the same network starts at once.
 
-    They lie in ``~/.cache/alexnet_jax/programs``, or under ``$XDG_CACHE_HOME``, at most a GiB of
-    them, the last used. JAX's own settings come first: ``JAX_COMPILATION_CACHE_DIR`` names
-    another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing.
+    The folder ``programs`` of the user's cache (``~/.cache/alexnet_jax``) holds at most a GiB, of
+    those last used. JAX's own settings take precedence: ``JAX_COMPILATION_CACHE_DIR`` names another
+    folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` caches nothing.
     """
     import jax  # takes a second, which programs that only ask for GPUs do without
 
@@ -76,22 +71,21 @@ def keep_compiled_programs() -> str:
     folder = cache_folder() / "programs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_torn(folder)
+        _remove_unfinished(folder)
     except OSError as error:
-        return f"Compiled programs are not kept: {error}."
+        return f"Compiled programs are not cached: {error}."
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
-    # A program too small to be kept by default is still slower to compile than to read.
+    # A program too small to be cached by default is still slower to compile than to read.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return f"Compiled programs are kept in {folder}."
+    return f"Compiled programs are cached in {folder}."
 
 
-def _remove_torn(folder: Path) -> None:
-    """Removes the programs that a killed process has left half-written.
+def _remove_unfinished(folder: Path) -> None:
+    """Removes programs that a killed process left half-written.
 
     JAX would warn of each at every start, and never replace it. It writes the time of use after
-    the program itself, so what has no time is torn, unless it is being written now; while JAX
-    writes, it holds this lock.
+    the program itself, so what has no time is unfinished; while JAX writes, it holds this lock.
     """
     import filelock
 
@@ -102,13 +96,7 @@ def _remove_torn(folder: Path) -> None:
 
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
-    """Names the GPUs that JAX may use; none without its CUDA plugin.
-
-    JAX itself would take their memory by looking; for programs that share them out.
-
-    Args:
-        environment: The variables that say so.
-    """
+    """Names the GPUs that JAX may use; unlike JAX, reserves none of their memory."""
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
     platforms = environment.get("JAX_PLATFORMS") or "cuda"  # JAX takes "" for unset
     if not any(map(importlib.util.find_spec, plugins)) or "cuda" not in platforms:

@@ -50,7 +50,7 @@ def test_a_half_written_program_is_removed(tmp_path):
 
 def test_what_was_done_is_told(tmp_path):
     said = python(PREPARE, tmp_path).stdout
-    assert f"Compiled programs are kept in {tmp_path / 'alexnet_jax' / 'programs'}." in said
+    assert f"Compiled programs are cached in {tmp_path / 'alexnet_jax' / 'programs'}." in said
     assert sys.platform != "linux" or "memory" in said
 
 
@@ -66,16 +66,17 @@ def test_jaxs_own_settings_come_first(tmp_path, variables):
 
 def test_settings_of_the_allocator_are_left_to_the_environment(tmp_path):
     said = python(PREPARE, tmp_path, MALLOC_ARENA_MAX="2").stdout
-    assert "as MALLOC_ARENA_MAX says" in said
+    assert "left to MALLOC_ARENA_MAX." in said
 
 
 def test_a_user_without_a_home_has_a_cache(tmp_path):
     code = """if 1:
-        from pathlib import Path
+        import os, pwd
         from alexnet_jax import environment
-        def home():
-            raise RuntimeError("Could not determine home directory.")
-        Path.home = home
+        def unknown(uid):
+            raise KeyError(uid)
+        pwd.getpwuid = unknown
+        del os.environ["HOME"]
         print(environment.cache_folder())
     """
     said = python(code, tmp_path, XDG_CACHE_HOME="", TMPDIR=str(tmp_path)).stdout
@@ -85,4 +86,26 @@ def test_a_user_without_a_home_has_a_cache(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "alexnet_jax").touch()
-    assert "Compiled programs are not kept: " in python(PREPARE, tmp_path).stdout
+    assert "Compiled programs are not cached: " in python(PREPARE, tmp_path).stdout
+
+
+def test_nothing_is_set_up_by_importing(tmp_path):
+    code = """if 1:
+        import logging, os, signal, sys
+        import jax
+        from absl import flags, logging as _  # defines its own flags
+        def settings():
+            levels = {name: logging.getLogger(name).level for name in ("", "jax", "absl")}
+            handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+            hooks = [sys.excepthook, sys.unraisablehook, dict(os.environ)]
+            return levels, handlers, hooks, set(flags.FLAGS), dict(jax.config.values)
+        before = settings()
+        import alexnet_jax
+        from alexnet_jax import environment
+        from alexnet_jax.distributed import collectives, initialize, preemption, watchdog
+        from alexnet_jax.run import directory, writers
+        for one, other in zip(before, settings(), strict=True):
+            assert one == other, (one, other)
+    """
+    python(code, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -426,7 +426,7 @@ def test_a_run_saves_though_nobody_reads_what_it_says(tmp_path):
         from alexnet_jax.distributed.preemption import stop_requests
         from alexnet_jax.run import writers
 
-        @common.entry_point()
+        @common.entry_point
         def main():
             writers.log_to_terminal()
             with stop_requests() as stop_requested:
