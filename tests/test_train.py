@@ -621,6 +621,6 @@ def test_import_and_run_without_tensorflow(tmp_path):
     ]
     done = run_python(code, Path(__file__).parent, *changes)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("for want of tensorflow and tensorboard") == 1
+    assert done.stderr.count("without tensorflow and tensorboard") == 1
     assert (tmp_path / "run" / "results.json").exists()
     assert not list((tmp_path / "run").glob("events*"))
