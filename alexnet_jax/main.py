@@ -36,9 +36,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         with initialize.initialized(flags) as process:
             if process:
                 writers.log_to_terminal(level=logging.WARNING)
-            from alexnet_jax.train import train_and_evaluate  # only now: mistakes fail at once
+            from alexnet_jax import train  # only now: mistakes fail at once
 
-            train_and_evaluate(config, workdir, notes)
+            train.run(config, workdir, notes=notes)
     except (InputError, Diverged, SaveFailed) as error:
         if process:
             return error.exit_code

@@ -2,11 +2,15 @@
 
 # No `from __future__ import annotations` here: CLU reads the annotations as classes.
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu import metrics
 from jax import Array
+from jaxtyping import Bool, Float, Int
 
 
 @flax.struct.dataclass
@@ -21,9 +25,14 @@ class ConfusionMatrix(metrics.Metric):
 
     @classmethod
     def from_model_output(
-        cls, *, logits: Array, labels: Array, mask: Array, **_: Array
+        cls,
+        *,
+        logits: Float[Array, "batch classes"],
+        labels: Int[Array, " batch"],
+        mask: Bool[Array, " batch"],
+        **_: Array,
     ) -> "ConfusionMatrix":
-        """Counts one batch of logits float32[B, classes], labels int32[B], mask bool[B]."""
+        """Counts the predictions of one batch."""
         classes = logits.shape[-1]
         cells = labels * classes + logits.argmax(axis=-1).astype(jnp.int32)
         counts = jnp.zeros(classes * classes, jnp.int32).at[cells].add(mask.astype(jnp.int32))
@@ -34,7 +43,7 @@ class ConfusionMatrix(metrics.Metric):
         return ConfusionMatrix(counts=self.counts + other.counts)
 
     def compute(self) -> Array:
-        """Returns int32[classes, classes]."""
+        """Returns the counts."""
         return self.counts
 
 
@@ -63,3 +72,49 @@ def over_devices(collection: metrics.Collection, axis_name: str | None) -> metri
     if axis_name is None:
         return collection
     return jax.lax.psum(collection, axis_name)
+
+
+def compute(collection: metrics.Collection) -> dict[str, np.ndarray]:
+    """Computes metrics on the host.
+
+    Args:
+        collection: Of one run; or of R replicas, whose arrays have one more dimension, the first.
+
+    Returns:
+        Each value by name; those of replicas with a first dimension R.
+    """
+    collection = jax.device_get(collection)
+    shape = np.shape(collection.loss.total)
+    if not shape:
+        values: dict[str, np.ndarray] = collection.compute()
+        return values
+    each = [jax.tree.map(lambda x, i=i: x[i], collection).compute() for i in range(shape[0])]
+    return {name: np.stack([values[name] for values in each]) for name in each[0]}
+
+
+def summarize(values: dict[str, Any]) -> dict[str, Any]:
+    """Turns scalars into numbers of JSON.
+
+    Args:
+        values: By name, float[], or float[R] of replicas.
+
+    Returns:
+        Each number; of replicas the mean, the standard deviation of a sample (over R - 1) as
+        "NAME_deviation", and the list as "NAME_each".
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        array = np.asarray(value, np.float64)
+        found[name] = float(array.mean())
+        if array.ndim:
+            found[f"{name}_deviation"] = float(array.std(ddof=1))
+            found[f"{name}_each"] = array.tolist()
+    return found
+
+
+def format_accuracy(values: dict[str, Any]) -> str:
+    """Formats the accuracy of a `summarize`: "85.10%", of replicas "85.10% (std 0.31)"."""
+    text = f"{100 * values['accuracy']:.2f}%"
+    if "accuracy_deviation" not in values:
+        return text
+    return f"{text} (std {100 * values['accuracy_deviation']:.2f})"

@@ -34,16 +34,16 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def steps_taken(self) -> int:
-        """`step` as a number of the host; replicas (see `replicas`) have taken as many each."""
+        """`step` as a number on the host; replicas have taken as many each."""
         return int(np.ravel(jax.device_get(self.step))[0])
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `module.apply` takes."""
+        """The argument of `module.apply`."""
         return {"params": self.params, **self.model_state}
 
     def averaged(self) -> "TrainState":
-        """Returns the state to evaluate: with the averaged weights, where they are kept."""
+        """Returns the state with the averaged weights, where they are kept."""
         return self.replace(**self.ema) if self.ema else self
 
 
@@ -52,7 +52,7 @@ def _finite(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
 
 
-def find_not_finite(state: TrainState) -> str | None:
+def find_nonfinite(state: TrainState) -> str | None:
     """Returns the path of an array that holds NaN or infinity, "params/fc/bias", or None."""
     finite = jax.device_get(_finite(state.replace(key=())))
     for path, is_finite in jax.tree_util.tree_flatten_with_path(finite)[0]:
@@ -68,10 +68,9 @@ def create_state(
     seed: int | Array,
     *,
     ema: bool = False,
-    fixed: Mapping[str, Any] | None = None,
-    begin: Mapping[str, Any] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """Initialises a run at step 0. Pure: the same seed gives the same state.
+    """Initializes a run at step 0. Pure: the same seed gives the same state.
 
     Args:
         model: A network with the contract of `alexnet_jax.models`.
@@ -79,18 +78,15 @@ def create_state(
         image_shape: (H, W, C) of one image.
         seed: Of every random draw of the run.
         ema: Whether to keep averaged weights.
-        fixed: Collections of `model_state` that were measured (`models.measure_fixed`) and take
-            the place of those that `model.init` makes.
-        begin: Arrays that take the place of initial ones: a part of the tree that `model.init`
-            makes, of a network trained before.
+        variables: Part of the tree that `model.init` makes, to replace its arrays: what was
+            measured on images (`models.init_from_data`) or trained before.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
-    variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
-    variables = {**variables, **jax.tree.map(jnp.asarray, dict(fixed or {}))}
-    if begin:
-        variables = unflatten_dict(flatten_dict(variables) | flatten_dict(begin))
-    model_state = {name: value for name, value in variables.items() if name != "params"}
-    params = variables["params"]
+    initial = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
+    replaced = flatten_dict(jax.tree.map(jnp.asarray, dict(variables or {})))
+    initial = unflatten_dict(flatten_dict(initial) | replaced)
+    model_state = {name: value for name, value in initial.items() if name != "params"}
+    params = initial["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

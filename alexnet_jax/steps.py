@@ -14,42 +14,47 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax import Array
+from jaxtyping import Float, Int, UInt8
 
-from alexnet_jax.data.augment import Augment, Normalize, alternating_flip
-from alexnet_jax.data.sampling import Batch, Dataset, epoch_order, take_batch
-from alexnet_jax.data.tta import Views
+from alexnet_jax.data.augment import Augment, Keys, Normalize
+from alexnet_jax.data.feed import Feed
+from alexnet_jax.data.sampling import Batch
+from alexnet_jax.data.tta import TTA
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics, over_devices
 from alexnet_jax.state import TrainState
 
 # Streams of random numbers, so that no epoch's order shares its bits with a step's draws.
-ORDER_STREAM, STEP_STREAM, FLIP_STREAM = 0, 1, 2
+ORDER_STREAM, STEP_STREAM, RUN_STREAM = 0, 1, 2
 
 
 def order_key(key: Array) -> Array:
-    """Returns the key of the order of all epochs (`epoch_order`) of the run with a key.
+    """Returns the key of the order of all epochs (`sampling.epoch_order`) of the run with a key.
 
     Args:
-        key: Of a run, or keys[R] of replicas, which makes R of it, too.
+        key: Of a run, or keys[R] of replicas, which gives R of them.
     """
     derive = functools.partial(jax.random.fold_in, data=ORDER_STREAM)
     return jax.vmap(derive)(key) if key.ndim else derive(key)
 
 
-def cross_entropy(logits: Array, labels: Array, label_smoothing: float = 0.0) -> Array:
+def cross_entropy(
+    logits: Float[Array, "batch classes"],
+    labels: Int[Array, " batch"] | Float[Array, "batch classes"],
+    label_smoothing: float = 0.0,
+) -> Float[Array, " batch"]:
     """Softmax cross-entropy of each example, in nats.
 
     Args:
-        logits: float32[B, classes].
-        labels: int32[B].
+        logits: Unnormalized log probabilities.
+        labels: Classes, or weights of all classes.
         label_smoothing: Share of the target spread over all classes (Szegedy et al., 2016).
-
-    Returns:
-        float32[B].
     """
-    if not label_smoothing:
+    if labels.ndim == 1 and not label_smoothing:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    targets = jax.nn.one_hot(labels, logits.shape[-1])
-    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
+    weights = jax.nn.one_hot(labels, logits.shape[-1]) if labels.ndim == 1 else labels
+    if label_smoothing:
+        weights = optax.smooth_labels(weights, label_smoothing)
+    return optax.softmax_cross_entropy(logits, weights)
 
 
 def _masked_mean(values: Array, mask: Array, axis_name: str | None) -> Array:
@@ -67,8 +72,8 @@ def train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     normalize: Normalize,
-    augment: Augment,
-    alternate_every: int = 0,
+    steps_per_epoch: int,
+    augment: Augment | None = None,
     label_smoothing: float = 0.0,
     ema_decay: float = 0.0,
     axis_name: str | None = None,
@@ -82,9 +87,8 @@ def train_step(
         model: The network.
         optimizer: The transformation that `state.opt_state` belongs to.
         normalize: From uint8 images to what the network takes.
+        steps_per_epoch: Tells the epoch, which `augment` is given.
         augment: Random change of the uint8 images.
-        alternate_every: Steps in an epoch, to mirror images by `alternating_flip` before; 0 does
-            not.
         label_smoothing: See `cross_entropy`.
         ema_decay: Share of the old average kept at each step; used if `state.ema` is kept.
         axis_name: Mapped device axis that the batch is split over, if any.
@@ -96,11 +100,11 @@ def train_step(
     if axis_name is not None:  # without this every device would draw the same
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
     augment_key, dropout_key = jax.random.split(key)
-    images = batch["image"]
-    if alternate_every:
-        flip_key = jax.random.fold_in(state.key, FLIP_STREAM)
-        images = alternating_flip(flip_key, state.step // alternate_every, images)
-    images = normalize(augment(augment_key, images))
+    images, labels = batch["image"], batch["label"]
+    if augment is not None:
+        keys = Keys(step=augment_key, run=jax.random.fold_in(state.key, RUN_STREAM))
+        images, labels = augment(keys, state.step // steps_per_epoch, images, labels)
+    images = normalize(images)
 
     def loss_fn(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
         logits, model_state = model.apply(
@@ -110,7 +114,7 @@ def train_step(
             rngs={"dropout": dropout_key},
             mutable=list(state.model_state),
         )
-        losses = cross_entropy(logits, batch["label"], label_smoothing)
+        losses = cross_entropy(logits, labels, label_smoothing)
         # The mean over all devices is inside what is differentiated, and the gradients are
         # averaged below: shard_map differentiates a sum over devices exactly, pmap gives each
         # device its share, and both come out as the gradient of the global mean.
@@ -136,30 +140,30 @@ def train_step(
 
 def predict_step(
     state: TrainState,
-    images: Array,
+    images: UInt8[Array, "batch height width channels"],
     *,
     model: nn.Module,
     normalize: Normalize,
-    views: Views | None = None,
-) -> Array:
-    """Returns logits float32[B, classes] of images uint8[B, H, W, C].
+    tta: TTA | None = None,
+) -> Float[Array, "batch classes"]:
+    """Returns the logits of images.
 
     Args:
         state: Whose `variables` are used.
-        images: What the network is asked about.
+        images: As the data set has them.
         model: The network.
         normalize: From uint8 images to what the network takes.
-        views: Several looks at each image, whose answers become one; see `data.views`.
+        tta: Several views of each image, whose logits are combined.
     """
 
     def predict(images: Array) -> Array:
         logits: Any = model.apply(state.variables, normalize(images), train=False)
         return logits
 
-    if views is None:
+    if tta is None:
         return predict(images)
     # One after the other: as one batch they need memory in proportion to their number.
-    return views.combine(jax.lax.map(predict, views.take(images)))
+    return tta.combine(jax.lax.map(predict, tta.views(images)))
 
 
 def eval_step(
@@ -168,23 +172,23 @@ def eval_step(
     *,
     model: nn.Module,
     normalize: Normalize,
-    views: Views | None = None,
+    tta: TTA | None = None,
     axis_name: str | None = None,
 ) -> EvalMetrics:
-    """Measures the network on a batch, counting only the examples whose mask is true.
+    """Evaluates the network on a batch, counting only the examples whose mask is true.
 
     Args:
-        state: Whose `variables` are measured.
+        state: Whose `variables` are evaluated.
         batch: image uint8[B, H, W, C], label int32[B], mask bool[B].
         model: The network.
         normalize: From uint8 images to what the network takes.
-        views: As of `predict_step`.
+        tta: As for `predict_step`.
         axis_name: Mapped device axis that the batch is split over, if any.
 
     Returns:
-        What loss, accuracy and confusion matrix are made of: sums over the batch of all devices.
+        Sums and counts over the batch of all devices.
     """
-    logits = predict_step(state, batch["image"], model=model, normalize=normalize, views=views)
+    logits = predict_step(state, batch["image"], model=model, normalize=normalize, tta=tta)
     return over_devices(_eval_metrics(logits, batch), axis_name)
 
 
@@ -198,39 +202,39 @@ def _eval_metrics(logits: Array, batch: Batch) -> EvalMetrics:
     return metrics
 
 
-def judge_step(
+def eval_step_with_predictions(
     state: TrainState,
     batch: Batch,
     *,
     model: nn.Module,
     normalize: Normalize,
-    likeliest: int = 5,
-    pictures: int = 36,
+    top_k: int = 5,
+    num_images: int = 36,
 ) -> tuple[EvalMetrics, dict[str, Array]]:
-    """Measures the network as `eval_step` does, and keeps what it answered.
+    """Evaluates the network as `eval_step` does, and keeps its predictions.
 
     Args:
-        state: Whose `variables` are measured.
+        state: Whose `variables` are evaluated.
         batch: image uint8[B, H, W, C], label int32[B], mask bool[B].
         model: The network.
         normalize: From uint8 images to what the network takes.
-        likeliest: K, answers that are kept of each image; all classes, if these are fewer.
-        pictures: P, mistakes whose images are kept; all images, if these are fewer.
+        top_k: K, predictions that are kept of each image; all classes, if these are fewer.
+        num_images: P, misclassified images that are kept; all images, if these are fewer.
 
     Returns:
-        The metrics; and label int32[B], mask bool[B], `classes` int32[B, K], likeliest first, and
-        their `probabilities` float32[B, K], `label_probability` float32[B], and, of the most
-        confident mistakes and, where these are fewer than P, of any other rows, also of those that
-        the mask leaves out, the rows `mistakes` int32[P] and `pictures` uint8[P, H, W, C].
+        The metrics; and label int32[B], mask bool[B], `classes` int32[B, K], the top K, their
+        `probabilities` float32[B, K], `label_probability` float32[B], and, of the most confident
+        errors and, where these are fewer than P, of any other rows, also of those that the mask
+        leaves out, the rows `mistakes` int32[P] and `pictures` uint8[P, H, W, C].
     """
     logits = predict_step(state, batch["image"], model=model, normalize=normalize)
     all_probabilities = jax.nn.softmax(logits)
-    probabilities, classes = jax.lax.top_k(all_probabilities, min(likeliest, logits.shape[-1]))
+    probabilities, classes = jax.lax.top_k(all_probabilities, min(top_k, logits.shape[-1]))
     label, mask = batch["label"], batch["mask"]
-    mistaken = mask & (classes[:, 0] != label)
-    confidence = jnp.where(mistaken, probabilities[:, 0], -1.0)
-    rows = jax.lax.top_k(confidence, min(pictures, len(label)))[1]
-    answers = {
+    wrong = mask & (classes[:, 0] != label)
+    confidence = jnp.where(wrong, probabilities[:, 0], -1.0)
+    rows = jax.lax.top_k(confidence, min(num_images, len(label)))[1]
+    predictions = {
         "label": label,
         "mask": mask,
         "classes": classes,
@@ -239,29 +243,23 @@ def judge_step(
         "mistakes": rows,
         "pictures": batch["image"][rows],
     }
-    return _eval_metrics(logits, batch), answers
+    return _eval_metrics(logits, batch), predictions
 
 
 def train_steps(
     state: TrainState,
-    dataset: Dataset,
+    feed: Feed,
     *,
     step_fn: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]],
-    num_steps: int,
-    batch_size: int,
     constrain: Callable[[Batch], Batch] = lambda batch: batch,
     unroll: bool = False,
 ) -> tuple[TrainState, TrainMetrics]:
-    """Takes several steps within one epoch in one call, drawing the batches from `dataset`.
+    """Takes the K steps of a feed in one call.
 
     Args:
-        state: Its step says which epoch it is and where in it the run stands.
-        dataset: image uint8[N, H, W, C], label int32[N]; N // batch_size steps make an epoch,
-            and what is left over falls to other epochs, whose order is another. It may
-            hold order int32[N], that of this epoch, which is worked out here otherwise.
+        state: Before the steps.
+        feed: Of K batches.
         step_fn: `train_step` with everything but state and batch given.
-        num_steps: How many; they must not reach into the next epoch.
-        batch_size: Images per step.
         constrain: Says how a batch is spread over the devices.
         unroll: Compile the steps one after the other, not as a loop. XLA's CPU backend brings the
             convolutions of a backward pass into a fast layout only outside of loops; in a scan,
@@ -271,21 +269,15 @@ def train_steps(
     Returns:
         The state after the steps, and their metrics merged.
     """
-    size = dataset["label"].shape[0]
-    steps_per_epoch = size // batch_size
-    order = dataset.get("order")
-    if order is None:
-        order = epoch_order(order_key(state.key), state.step // steps_per_epoch, size)
 
-    def body(state: TrainState, _: None) -> tuple[TrainState, TrainMetrics]:
-        position = state.step % steps_per_epoch
-        return step_fn(state, constrain(take_batch(dataset, order, position, batch_size)))
+    def body(state: TrainState, i: Array | int) -> tuple[TrainState, TrainMetrics]:
+        return step_fn(state, constrain(feed.batch(i)))
 
     if not unroll:
-        state, metrics = jax.lax.scan(body, state, length=num_steps)
+        state, metrics = jax.lax.scan(body, state, jnp.arange(feed.num_steps))
         return state, metrics.reduce()
-    state, metrics = body(state, None)
-    for _ in range(num_steps - 1):
-        state, more = body(state, None)
+    state, metrics = body(state, 0)
+    for i in range(1, feed.num_steps):
+        state, more = body(state, i)
         metrics = metrics.merge(more)
     return state, metrics

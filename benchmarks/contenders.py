@@ -41,21 +41,21 @@ def ours(dtype: str = "float32", cpu_kernels: str = "auto") -> Build:
     """Returns a function that builds "train" or "infer" for a batch size."""
     import optax
 
-    from alexnet_jax.config import default_config
+    from alexnet_jax.config import default_config, validate
 
     config = default_config("alexnet")
     config.cpu_kernels = cpu_kernels
     config.model.features, config.model.pools, config.model.hidden = CHANNELS, POOLS, HIDDEN
     config.model.dtype = dtype
-    return _ours(config, optax.adam(1e-4))
+    return _ours(validate(config), optax.adam(1e-4))
 
 
 def config_alone(path: str) -> Build:
     """As `ours`, of the network and optimizer of a config file, without its augmentation."""
-    from alexnet_jax.config import load_config
+    from alexnet_jax.config import load_config, validate
     from alexnet_jax.optim import optimizers
 
-    config = load_config(str(Path(__file__).parents[1] / path))
+    config = validate(load_config(str(Path(__file__).parents[1] / path)))
     schedule = optimizers.create_schedule(config.optimizer, 390, config.train.epochs)
     return _ours(config, optimizers.create_optimizer(config.optimizer, schedule))
 
@@ -67,7 +67,7 @@ def _ours(config: Any, optimizer: Any) -> Build:
     from alexnet_jax.data.augment import create_normalize
 
     environment.keep_freed_memory()
-    chosen = ops.choose(config.cpu_kernels, jax.default_backend(), config.model.dtype)
+    chosen = ops.choose(config.cpu_kernels, jax.default_backend(), config.model.fields["dtype"])
     model = models.create_model(config.model, CLASSES, ops=chosen)
     normalize = create_normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     create = functools.partial(state.create_state, model, optimizer, (32, 32, 3), 0)
@@ -86,7 +86,7 @@ def _ours(config: Any, optimizer: Any) -> Build:
                     model=model,
                     optimizer=optimizer,
                     normalize=normalize,
-                    augment=lambda key, images: images,
+                    steps_per_epoch=390,
                 ),
                 donate_argnums=0,
             )

@@ -2,9 +2,9 @@
 
 python benchmarks/input_pipeline.py --name=cifar10
 
-Resident: batches are gathered, inside jit, out of images that lie on the device; reading them
-first is told apart. Streamed: read and decoded by threads, or by so many worker processes, from the
-first batch on. Each is measured in a process of its own.
+In memory: batches are gathered, inside jit, from images that are on the device; the time to read
+them first is reported separately. Streamed: read and decoded by threads, or by so many worker
+processes, from the first batch on. Each is measured in a process of its own.
 """
 
 import argparse
@@ -19,19 +19,16 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-WAYS = {"resident": None, "threads": 0, "1 worker": 1, "2 workers": 2}
+WAYS = {"in memory": None, "threads": 0, "1 worker": 1, "2 workers": 2}
 
 
 def measure(way: str, options: dict[str, Any], answer: Any) -> None:
     """Delivers batches for some seconds and answers with what was measured."""
     import jax
-    import numpy as np
 
     from alexnet_jax import steps
-    from alexnet_jax.config import default_config
-    from alexnet_jax.data import sampling
+    from alexnet_jax.config import default_config, validate
     from alexnet_jax.data.load import load_data
-    from alexnet_jax.data.streaming import StreamedDataset
     from alexnet_jax.distributed import sharding
 
     workers = WAYS[way]
@@ -42,33 +39,30 @@ def measure(way: str, options: dict[str, Any], answer: Any) -> None:
     config.data.in_memory = "on" if workers is None else "off"
     config.data.workers = workers or 0
     config.train.epochs = 1000
+    config.train.steps_per_dispatch = 1
     mesh = sharding.make_mesh()
     started = time.perf_counter()
-    data = load_data(config, mesh)
+    data = load_data(validate(config), mesh)
     load_seconds = time.perf_counter() - started
     size = config.train.batch_size
     key = steps.order_key(jax.random.key(0))
 
-    @jax.jit
-    def gather(train: sampling.Dataset, step: jax.Array) -> sampling.Batch:
-        return sampling.take_batch(train, train["order"], step % data.steps_per_epoch, size)
-
-    with data.train.feed(key, 0) as feed:
+    gather = jax.jit(lambda feed: feed.batch(0))
+    with data.train.feeds(key, 0) as feeds:
         started = time.perf_counter()
 
-        def batch(step: int) -> None:
-            streamed = isinstance(data.train, StreamedDataset)
-            drawn = feed(step)
-            jax.block_until_ready(next(drawn) if streamed else gather(drawn, np.int32(step)))
+        def batch() -> int:
+            step, feed = next(feeds)
+            jax.block_until_ready(gather(feed))
+            return step
 
-        batch(0)
+        batch()
         first_seconds = time.perf_counter() - started
-        for step in range(1, 20):  # what was read ahead is not of this pace
-            batch(step)
-        started, step = time.perf_counter(), 20
+        for _ in range(1, 20):  # what was read ahead is not of this pace
+            step = batch()
+        started = time.perf_counter()
         while time.perf_counter() - started < options["seconds"]:
-            batch(step)
-            step += 1
+            step = batch()
         rate = (step - 20) * size / (time.perf_counter() - started)
         answer.send(
             {

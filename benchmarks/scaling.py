@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import os
-import runpy
 import statistics
 import time
 from collections.abc import Callable
@@ -21,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from alexnet_jax import steps
+from alexnet_jax.config import Config, load_config, validate
 from alexnet_jax.data import augment
+from alexnet_jax.data.feed import InMemoryFeed
 from alexnet_jax.distributed import sharding
 from alexnet_jax.models import create_model
 from alexnet_jax.optim.optimizers import create_optimizer, create_schedule
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    config = runpy.run_path(options.config)["get_config"]()
+    config = validate(load_config(options.config))
 
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= jax.device_count()]
     batches = {
@@ -86,16 +87,19 @@ def main() -> None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _stepper(config: ConfigDict, devices: int, batch_size: int) -> Callable[[], Any]:
+def _stepper(config: Config, devices: int, batch_size: int) -> Callable[[], Any]:
     """Compiles a run's training step for some devices; each call starts the next step."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
     everywhere = sharding.replicated(mesh)
     size = config.data.image_size
     random = np.random.default_rng(0)
-    dataset = {
-        "image": random.integers(256, size=(4 * batch_size, size, size, 3), dtype=np.uint8),
-        "label": random.integers(CLASSES, size=4 * batch_size, dtype=np.int32),
-    }
+    rows = random.permutation(4 * batch_size)[:batch_size].reshape(1, batch_size)
+    images = random.integers(256, size=(4 * batch_size, size, size, 3), dtype=np.uint8)
+    feed = InMemoryFeed(
+        image=jnp.asarray(images),
+        label=jnp.asarray(random.integers(CLASSES, size=4 * batch_size, dtype=np.int32)),
+        rows=jnp.asarray(rows, jnp.int32),
+    )
     model = create_model(config.model, CLASSES)
     optimizer = create_optimizer(config.optimizer, create_schedule(config.optimizer, 4, 20))
     one_step = functools.partial(
@@ -104,13 +108,12 @@ def _stepper(config: ConfigDict, devices: int, batch_size: int) -> Callable[[], 
         optimizer=optimizer,
         normalize=augment.create_normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
         augment=augment.create_augment(config.augment),
+        steps_per_epoch=4,
     )
     advance = sharding.jit_update(
         functools.partial(
             steps.train_steps,
             step_fn=one_step,
-            num_steps=1,
-            batch_size=batch_size,
             constrain=sharding.split_batch(mesh),
             unroll=sharding.on_cpu(mesh),
         ),
@@ -118,7 +121,7 @@ def _stepper(config: ConfigDict, devices: int, batch_size: int) -> Callable[[], 
     )
     create = functools.partial(create_state, model, optimizer, (size, size, 3), config.seed)
     state = jax.jit(create, out_shardings=everywhere)()
-    placed = sharding.place(dataset, everywhere)
+    placed = sharding.place(feed, everywhere)
 
     def step() -> Any:
         nonlocal state

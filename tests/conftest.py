@@ -68,14 +68,15 @@ def quick_runs():
     And no report but where a test asks for one: to draw it takes longer than such a run. What
     the CPU's kernels compute is compared with XLA in the first run only.
     """
-    from alexnet_jax import ops, train
+    from alexnet_jax import ops
     from alexnet_jax.distributed import sharding
+    from alexnet_jax.experiments.report import page
 
     make_mesh = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda: make_mesh(jax.devices()[:2]))
         patch.setattr(ops, "_largest_error", functools.cache(ops._largest_error))
-        patch.setattr(train, "_make_report", lambda folder: None)
+        patch.setattr(page, "write_report", lambda folder: None)
         yield
 
 

@@ -2,7 +2,7 @@
 
 An import takes seconds, and absl's flags can be parsed only once in a process: each line is
 answered by a fork of a process that has imported everything, so a crash or a hang of one is seen
-as what it is. Only `train_and_evaluate` is replaced.
+as what it is. Only `train.run` is replaced.
 """
 
 import importlib
@@ -70,11 +70,11 @@ def serve(check):
     module, function = check.rsplit(".", 1)
     check = getattr(importlib.import_module(module), function)
 
-    def only_check(options, workdir, notes):
+    def only_check(options, workdir, *, notes):
         check(options)
         print(json.dumps({"workdir": str(workdir), **dict(config.flatten(options))}))
 
-    sys.modules["alexnet_jax.train"] = types.SimpleNamespace(train_and_evaluate=only_check)
+    sys.modules["alexnet_jax.train"] = types.SimpleNamespace(run=only_check)
     for line in sys.stdin:
         print(json.dumps(_in_a_fork(main.run, json.loads(line))), flush=True)
 

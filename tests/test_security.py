@@ -139,7 +139,7 @@ def little_memory():
 
 def refused(path, match):
     with little_memory(), pytest.raises(InputError, match=match) as caught:
-        trees.label_files(path, 0.2)
+        trees.find_layout(path, 0.2)
     check_sentence(caught.value, path)
 
 
@@ -157,11 +157,11 @@ def test_no_member_leaves_its_folder(tmp_path, container, name):
                 archive.writestr(zipfile.ZipInfo(member), picture())
     before = everything_below(tmp_path)
     try:
-        labeled = trees.label_files(path, 0.2)
+        layout = trees.find_layout(path, 0.2)
     except InputError as error:
         check_sentence(error, path)
     else:
-        assert {*GOOD} <= set(labeled.splits["train"]) | set(labeled.splits["test"])
+        assert {*GOOD} <= set(layout.splits["train"]) | set(layout.splits["test"])
         for entry in trees.walk(path):
             assert entry.is_folder or entry.read() == picture()
     assert everything_below(tmp_path) == before, "it was only read"
@@ -246,7 +246,7 @@ def test_a_zip_bomb_is_refused(tmp_path, small_bounds, declared):
     if declared is not None:
         data = path.read_bytes()
         path.write_bytes(data.replace(struct.pack("<I", 24 * 2**20), struct.pack("<I", declared)))
-        trees.label_files(path, 0.2)
+        trees.find_layout(path, 0.2)
         entries = trees.walk(path)  # It keeps the archive open.
         entry = next(entry for entry in entries if not entry.is_folder)
         with (
@@ -335,7 +335,7 @@ def test_class_names_that_would_shift_the_labels_are_refused(tmp_path, name):
         for index in range(5):
             add(tar, f"{name}/{index}.png", picture())
             add(tar, f"emu/{index}.png", picture())
-    refused(path, "printable characters|not UTF-8")
+    refused(path, "printable characters|no UTF-8")
 
 
 # --- images -------------------------------------------------------------------------------------
@@ -368,6 +368,6 @@ BOMBS = {
 @pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
 def test_image_bombs_are_refused(data):
     with little_memory(), pytest.raises(InputError, match=r"tom\.png"):
-        decode.to_jpeg_or_png(data, "tom.png")
+        decode.normalize_encoded(data, "tom.png")
     with pytest.raises(Exception, match=r"."):
         decode.decode(data, 16)

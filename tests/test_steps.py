@@ -13,8 +13,11 @@ from sklearn.metrics import confusion_matrix
 
 from alexnet_jax.config import default_config
 from alexnet_jax.data.augment import create_augment, create_normalize
+from alexnet_jax.data.feed import InMemoryFeed
+from alexnet_jax.data.in_memory import InMemoryDataset
+from alexnet_jax.data.options import AugmentConfig
 from alexnet_jax.data.sampling import epoch_order, padded_batches
-from alexnet_jax.data.tta import create_views
+from alexnet_jax.data.tta import create_tta
 from alexnet_jax.distributed import sharding
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
 from alexnet_jax.models.alexnet import AlexNet
@@ -23,7 +26,8 @@ from alexnet_jax.state import TrainState, create_state
 from alexnet_jax.steps import (
     ORDER_STREAM,
     eval_step,
-    judge_step,
+    eval_step_with_predictions,
+    order_key,
     predict_step,
     train_step,
     train_steps,
@@ -42,10 +46,6 @@ def network(depth=2, **options):
     return AlexNet(num_classes=CLASSES, **fields | defaults | options)
 
 
-def no_augment(key, images):
-    return images
-
-
 def optimizer_of(rate, **options):
     section = default_config().optimizer
     section.update(options)
@@ -53,7 +53,7 @@ def optimizer_of(rate, **options):
 
 
 def step_of(model, optimizer=SGD, **options):
-    fixed = {"normalize": NORMALIZE, "augment": no_augment} | options
+    fixed = {"normalize": NORMALIZE, "steps_per_epoch": 5} | options
     return functools.partial(train_step, model=model, optimizer=optimizer, **fixed)
 
 
@@ -298,7 +298,7 @@ def test_eight_devices_train_as_one(how, strict_dtypes):
 
 def test_random_draws_do_not_depend_on_the_number_of_devices():
     model = network(depth=1, norm="batch", dropout=0.5)
-    step = step_of(model, augment=create_augment(default_config().augment))
+    step = step_of(model, augment=create_augment(AugmentConfig()))
     one, eight = (run(on_mesh(step, n), new_state(model), BATCHES)[0] for n in (1, 8))
     assert_near(learned(eight), learned(one), 1e-5)
 
@@ -306,9 +306,10 @@ def test_random_draws_do_not_depend_on_the_number_of_devices():
 def test_mapped_devices_draw_each_their_own():
     seen = []
 
-    def augment(key, images):
-        jax.debug.callback(lambda data: seen.append(data.tobytes()), jax.random.key_data(key))
-        return images
+    def augment(keys, epoch, images, labels):
+        data = jax.random.key_data(keys.step)
+        jax.debug.callback(lambda data: seen.append(data.tobytes()), data)
+        return images, labels
 
     model = network(depth=1)
     pmapped(step_of(model, augment=augment))(new_state(model), batch_of(0))
@@ -338,8 +339,8 @@ def test_masked_examples_have_no_influence():
 @pytest.mark.parametrize("source", ["dropout", "augmentation"])
 def test_draws_are_a_function_of_key_and_step(source):
     model = network(depth=1, dropout=0.5 if source == "dropout" else 0.0)
-    on = create_augment(default_config().augment)
-    step = jax.jit(step_of(model, augment=on if source == "augmentation" else no_augment))
+    on = create_augment(AugmentConfig())
+    step = jax.jit(step_of(model, augment=on if source == "augmentation" else None))
     batch, state = batch_of(0), new_state(model)
     first, metrics = step(state, batch)
     assert_same((first, metrics), step(state, batch))
@@ -410,16 +411,16 @@ def ordered(state, images, labels, position, batch_size):
 def test_several_steps_equal_one_after_the_other(unroll):
     model, optimizer = network(depth=1, dropout=0.5), optimizer_of(0.1, name="sgd")
     images, labels = examples(0, 23)
-    step = step_of(model, optimizer, augment=create_augment(default_config().augment))
+    step = step_of(model, optimizer, augment=create_augment(AugmentConfig()))
     start = new_state(model, optimizer)
     batches = [ordered(start, images, labels, position, 4) for position in range(4)]
     expected, each = run(jax.jit(step), start, batches)
 
-    options = {"step_fn": step, "num_steps": 2, "batch_size": 4, "unroll": unroll}
-    several = jax.jit(functools.partial(train_steps, **options))
-    dataset = {"image": images, "label": labels}
-    state, first = several(start, dataset)
-    state, second = several(state, dataset)
+    several = jax.jit(functools.partial(train_steps, step_fn=step, unroll=unroll))
+    order = np.asarray(epoch_order(jax.random.fold_in(start.key, ORDER_STREAM), 0, len(labels)))
+    rows = order[:16].reshape(2, 2, 4)
+    state, first = several(start, InMemoryFeed(images, labels, rows[0]))
+    state, second = several(state, InMemoryFeed(images, labels, rows[1]))
     if unroll:
         assert_same(state, expected)
     else:  # XLA arranges the sums inside of a loop in another way
@@ -455,13 +456,19 @@ def test_an_epoch_visits_each_image_at_most_once(unroll):
         ema={},
         key=jax.random.key(0),
     )
-    several = jax.jit(
-        functools.partial(
-            train_steps, step_fn=step, num_steps=5, batch_size=batch_size, unroll=unroll
-        )
+    dataset = InMemoryDataset.place(
+        images,
+        labels,
+        np.arange(size),
+        batch_size=batch_size,
+        epochs=epochs,
+        steps_per_dispatch=5,
+        mesh=sharding.make_mesh(jax.devices()[:1]),
     )
-    for _ in range(epochs):
-        state, _ = several(state, {"image": images, "label": labels})
+    several = jax.jit(functools.partial(train_steps, step_fn=step, unroll=unroll))
+    with dataset.feeds(order_key(state.key), 0) as feeds:
+        for _, feed in feeds:
+            state, _ = several(state, feed)
     visits = np.asarray(state.params).reshape(epochs, 20)
     assert [len(set(epoch)) for epoch in visits.tolist()] == [20] * epochs
     assert visits.min() >= 0
@@ -518,23 +525,23 @@ def test_views_are_predicted_one_by_one_and_averaged():
     state = new_state(model)
     images = examples(0, 6)[0]
     predict = functools.partial(predict_step, model=model, normalize=NORMALIZE)
-    config = default_config()
-    config.eval.tta = "flip"
-    ours = jax.jit(functools.partial(predict, views=create_views(config)))(state, images)
+    tta = create_tta("flip", AugmentConfig())
+    ours = jax.jit(functools.partial(predict, tta=tta))(state, images)
     theirs = (predict(state, images) + predict(state, images[:, :, ::-1])) / 2
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_images_are_mirrored_by_epoch_and_not_by_step():
-    seen = []
+def test_images_are_flipped_by_epoch_and_not_by_step():
+    seen, alternating = [], create_augment(AugmentConfig(crop_padding=0, alternating_flip=True))
     model = network(depth=1)
     state, batch = new_state(model), batch_of(0)
 
-    def look(key, images):
+    def look(keys, epoch, images, labels):
+        images, labels = alternating(keys, epoch, images, labels)
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), images)
-        return images
+        return images, labels
 
-    step = jax.jit(step_of(model, augment=look, alternate_every=2))
+    step = jax.jit(step_of(model, augment=look, steps_per_epoch=2))
     for count in range(4):  # two epochs of two steps
         step(state.replace(step=jnp.int32(count)), batch)
     jax.effects_barrier()
@@ -553,7 +560,7 @@ def test_judging_measures_alike_and_keeps_the_answers(strict_dtypes):
     batch = batch_of(0, count=24, masked=(3, 23))
     options = {"model": model, "normalize": NORMALIZE}
     mesh = sharding.make_mesh()
-    judge = functools.partial(judge_step, **options, likeliest=3, pictures=5)
+    judge = functools.partial(eval_step_with_predictions, **options, top_k=3, num_images=5)
     metrics, answers = sharding.jit_eval(judge, mesh)(
         state, sharding.place(batch, sharding.split(mesh))
     )

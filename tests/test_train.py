@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import types
 from pathlib import Path
 
 import jax
@@ -18,17 +17,19 @@ import optax
 import pytest
 from trained_run import records, saved, stopped_at
 
-from alexnet_jax import steps, train
-from alexnet_jax.config import default_config, flatten
+from alexnet_jax import evaluation, models, steps, train, trainer
+from alexnet_jax.config import default_config, flatten, validate
 from alexnet_jax.data import load
+from alexnet_jax.data.augment import create_augment
+from alexnet_jax.data.options import AugmentConfig
 from alexnet_jax.data.source import Source, load_source
 from alexnet_jax.distributed import sharding
 from alexnet_jax.errors import Diverged, InputError, Interrupted
-from alexnet_jax.evaluation import evaluate_network
+from alexnet_jax.experiments.report import inputs, page
 from alexnet_jax.inference import predictor
+from alexnet_jax.inference.evaluate import evaluate_network
 from alexnet_jax.plots import style
 from alexnet_jax.run import files
-from alexnet_jax.train import train_and_evaluate
 
 pytestmark = [
     pytest.mark.usefixtures("quick_runs"),
@@ -38,7 +39,7 @@ pytestmark = [
 ]
 
 
-MAKE_MESH, MAKE_REPORT = sharding.make_mesh, train._make_report
+MAKE_MESH, WRITE_REPORT = sharding.make_mesh, page.write_report
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +93,13 @@ def read_and_measured():
 @pytest.fixture(scope="module")
 def whole_run(data_dir, tmp_path_factory, quick_runs, read_and_measured):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    log, read_all, evaluate = read_and_measured, Source.read_all, train.evaluate
+    log, read_all, evaluate = read_and_measured, Source.read_all, evaluation.evaluate
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             Source, "read_all", lambda self, *a: log.append(self.name) or read_all(self, *a)
         )
-        patch.setattr(train, "evaluate", lambda *a: log.append("measure") or evaluate(*a))
-        results = train_and_evaluate(tiny_config(data_dir), folder)
+        patch.setattr(evaluation, "evaluate", lambda *a: log.append("measure") or evaluate(*a))
+        results = train.run(tiny_config(data_dir), folder)
     return folder, results
 
 
@@ -111,7 +112,7 @@ def test_a_run_learns_and_leaves_its_files(whole_run):
     stated = f"one image: {results['flops'] / 1e6:,.1f} million FLOPs\n"
     assert (folder / "model.txt").read_text().endswith(stated)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "Going on" not in (folder / "log.txt").read_text()
+    assert "Resuming" not in (folder / "log.txt").read_text()
     info = json.loads((folder / "dataset.json").read_text())
     assert info["images"] == {"train": 1295, "validation": 142, "test": 360}
     steps = [r["step"] for r in records(folder) if r["split"] == "train"]
@@ -178,21 +179,21 @@ def test_a_report_that_fails_is_made_by_the_same_command(
     shutil.copytree(whole_run[0], folder)
     before = (folder / "results.json").read_bytes()
     monkeypatch.setattr(train, "load_data", None)
-    monkeypatch.setattr(train, "_make_report", MAKE_REPORT)
+    monkeypatch.setattr(page, "write_report", WRITE_REPORT)
     with monkeypatch.context() as patch, caplog.at_level("INFO", "alexnet_jax"):
         patch.setattr(style, "svg", None)
-        assert train_and_evaluate(config, folder) == whole_run[1]
+        assert train.run(config, folder) == whole_run[1]
     assert "report could not be made (TypeError" in caplog.text
     assert not (folder / "report.html").exists()
     caplog.clear()
-    assert train_and_evaluate(config, folder) == whole_run[1]
-    page = (folder / "report.html").read_text()
+    assert train.run(config, folder) == whole_run[1]
+    html = (folder / "report.html").read_text()
     assert "could not be made" not in caplog.text
-    assert f"{whole_run[1]['test_ema']['accuracy']:.2%}" in page
-    assert "Most confident errors" in page
+    assert f"{whole_run[1]['test_ema']['accuracy']:.2%}" in html
+    assert "Most confident errors" in html
     assert (folder / "results.json").read_bytes() == before
     made = (folder / "report.html").stat().st_mtime_ns
-    train_and_evaluate(config, folder)
+    train.run(config, folder)
     assert (folder / "report.html").stat().st_mtime_ns == made
 
 
@@ -203,7 +204,7 @@ def test_results_are_those_of_the_checkpoint(whole_run, config):
     images, labels = load_source(config.data, "test").read_all()
     found = saved(folder, 30)
     scaled = (images / 255 - np.array(info["mean"])) / np.array(info["deviation"])
-    model = train.create_model(config.model, 10)
+    model = models.create_model(validate(config).model, 10)
     variables = {"params": found["params"], **found["rest"]["model_state"]}
     logits = model.apply(variables, scaled.astype(np.float32), train=False)
     assert np.mean(np.argmax(logits, -1) == labels) == pytest.approx(results["test"]["accuracy"])
@@ -213,7 +214,7 @@ def test_a_finished_run_says_so_and_reads_nothing(whole_run, config, monkeypatch
     folder, results = whole_run
     monkeypatch.setattr(train, "load_data", None)
     with caplog.at_level("INFO", "alexnet_jax"):
-        assert train_and_evaluate(config, folder) == results
+        assert train.run(config, folder) == results
     assert "finished" in caplog.text
 
 
@@ -221,7 +222,7 @@ def test_a_finished_run_without_its_data_set_is_refused(whole_run, config, tmp_p
     shutil.copytree(whole_run[0], tmp_path / "run")
     (tmp_path / "run" / "dataset.json").unlink()
     with pytest.raises(InputError, match=r"dataset\.json is missing"):
-        train_and_evaluate(config, tmp_path / "run")
+        train.run(config, tmp_path / "run")
 
 
 def test_the_test_set_is_read_once_and_last(whole_run, read_and_measured):
@@ -243,45 +244,45 @@ def test_stopped_by_sigterm_and_resumed_is_bit_equal(whole_run, config, tmp_path
     """To the run that is saved between epochs only, and whose images lie on the devices."""
     config.update_from_flattened_dict(changes)
     with stopped_at(stop_at), pytest.raises(Interrupted) as stop:
-        train_and_evaluate(config, tmp_path / "run")
+        train.run(config, tmp_path / "run")
     assert stop.value.step % 10  # in the middle of an epoch
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    train_and_evaluate(config, tmp_path / "run")
+    train.run(config, tmp_path / "run")
     assert_same_run(whole_run[0], tmp_path / "run", 30)
 
 
 def test_a_request_during_the_last_validation_is_answered(config, tmp_path, monkeypatch):
-    validate = train._validate
+    validate = evaluation.validate
 
-    def stop_and_validate(data, programs, state, writer):
+    def stop_and_validate(trainer, state, data):
         if state.steps_taken == 30:
             os.kill(os.getpid(), signal.SIGTERM)
-        return validate(data, programs, state, writer)
+        return validate(trainer, state, data)
 
-    monkeypatch.setattr(train, "_validate", stop_and_validate)
+    monkeypatch.setattr(evaluation, "validate", stop_and_validate)
     with pytest.raises(Interrupted) as stop:
-        train_and_evaluate(config, tmp_path / "run")
+        train.run(config, tmp_path / "run")
     assert stop.value.step == 30
     assert not (tmp_path / "run" / "results.json").exists()
-    assert train_and_evaluate(config, tmp_path / "run")["step"] == 30
+    assert train.run(config, tmp_path / "run")["step"] == 30
 
 
 def test_validation_images_that_round_to_none(config, tmp_path, caplog):
     config.data.validation_fraction = 0.003
     config.eval.test = False
     with pytest.raises(InputError, match=r"less than one image of each class .* raise it"):
-        train_and_evaluate(config, tmp_path / "untested")
+        train.run(config, tmp_path / "untested")
     config.eval.test = True
     config.train.epochs = 1
     config.optimizer.schedule = "plateau"
-    with pytest.raises(InputError, match="'plateau', goes by"):
-        train_and_evaluate(config, tmp_path / "plateau")
+    with pytest.raises(InputError, match="'plateau' depends on them"):
+        train.run(config, tmp_path / "plateau")
     config.optimizer.schedule = "constant"
-    assert "validation" not in train_and_evaluate(config, tmp_path / "run")
-    assert "nothing is measured before the end" in caplog.text
+    assert "validation" not in train.run(config, tmp_path / "run")
+    assert "nothing is evaluated before the end" in caplog.text
     mesh = sharding.make_mesh()
     with pytest.raises(InputError, match="of each class of digits, so that the run has no valid"):
-        load.load_split(config, mesh, "validation")
+        load.load_split(validate(config), mesh, "validation")
 
 
 def run_python(code, *arguments, **variables):
@@ -304,7 +305,7 @@ def test_killed_and_resumed_is_bit_equal(whole_run, config, tmp_path):
         make_mesh = sharding.make_mesh
         sharding.make_mesh = lambda: make_mesh(jax.devices()[:2])  # as compiled already
         from alexnet_jax.config import default_config
-        from alexnet_jax.train import train_and_evaluate
+        from alexnet_jax import train
         config = default_config()
         config.update_from_flattened_dict(eval(sys.argv[2]))
         update = writers.Progress.update
@@ -313,15 +314,15 @@ def test_killed_and_resumed_is_bit_equal(whole_run, config, tmp_path):
             if record["step"] == 24:
                 os.kill(os.getpid(), signal.SIGKILL)
         writers.Progress.update = update_then_die
-        train_and_evaluate(config, sys.argv[1])
+        train.run(config, sys.argv[1])
     """
     folder = tmp_path / "run"
     killed = run_python(code, folder, repr(dict(flatten(config))))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert records(folder)[-1]["step"] == 24
-    train_and_evaluate(config, folder)
+    train.run(config, folder)
     # The save of step 20 may not have been finished when the process died.
-    assert re.search(r"Going on from step [12]0\.", (folder / "log.txt").read_text())
+    assert re.search(r"Resuming from step [12]0\.", (folder / "log.txt").read_text())
     assert_same_run(whole_run[0], folder, 30)
 
 
@@ -331,7 +332,7 @@ def test_the_number_of_devices_does_not_change_the_run(
 ):
     """Dropout, augmentation and batch statistics included."""
     monkeypatch.setattr(sharding, "make_mesh", lambda: MAKE_MESH(jax.devices()[:devices]))
-    train_and_evaluate(config, tmp_path / "run")
+    train.run(config, tmp_path / "run")
     for one, other in zip(records(whole_run[0]), records(tmp_path / "run"), strict=True):
         if one["step"] <= 10:  # rounding grows with the steps, as between any two machines
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
@@ -340,7 +341,7 @@ def test_the_number_of_devices_does_not_change_the_run(
 
 def test_steps_per_dispatch_changes_only_the_records(whole_run, config, tmp_path):
     config.train.steps_per_dispatch = 4
-    results = train_and_evaluate(config, tmp_path / "run")
+    results = train.run(config, tmp_path / "run")
     steps = [r["step"] for r in records(tmp_path / "run") if r["split"] == "train"]
     assert steps == [4, 8, 10, 14, 18, 20, 24, 28, 30]
     assert results["test"]["loss"] == pytest.approx(whole_run[1]["test"]["loss"], rel=1e-2)
@@ -377,7 +378,7 @@ def test_steps_per_dispatch_changes_only_the_records(whole_run, config, tmp_path
 def test_options_run(config, tmp_path, changes):
     config.train.epochs = 1
     config.update_from_flattened_dict(changes)
-    results = train_and_evaluate(config, tmp_path / "run")
+    results = train.run(config, tmp_path / "run")
     assert np.isfinite(results["test"]["loss"])
     assert ("validation" in results) == (config.data.validation_fraction > 0)
     if config.eval.tta != "none":
@@ -390,9 +391,9 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(config, tmp_pa
     config.model.norm = "none"
     config.optimizer.name = "sgd"
     suddenly_large = optax.piecewise_constant_schedule(1e-3, {10: 1e25})
-    monkeypatch.setattr(train, "create_schedule", lambda *_: suddenly_large)
+    monkeypatch.setattr(trainer, "create_schedule", lambda *_: suddenly_large)
     with pytest.raises(Diverged, match=r"at step 1\d, with a learning rate of 1e\+22"):
-        train_and_evaluate(config, tmp_path / "run")
+        train.run(config, tmp_path / "run")
     for array in jax.tree.leaves(saved(tmp_path / "run", 10)):
         if array.dtype == np.float32:
             assert np.isfinite(array).all()
@@ -412,7 +413,7 @@ def test_parameters_that_are_not_finite_are_never_saved(config, tmp_path, monkey
     monkeypatch.setattr(steps, "train_step", overflowing)
     config.checkpoint.every_seconds = 1e-6
     with pytest.raises(Diverged, match=r"params/fc1/bias is not finite at step 11, with a learn"):
-        train_and_evaluate(config, tmp_path / "run")
+        train.run(config, tmp_path / "run")
     assert records(tmp_path / "run")[-1]["step"] == 11
     assert np.isfinite(records(tmp_path / "run")[-1]["loss"])
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["10", "9"]
@@ -433,10 +434,10 @@ def test_a_run_whose_newest_checkpoint_is_damaged_is_bit_equal(whole_run, config
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    train_and_evaluate(config, unfinished)
+    train.run(config, unfinished)
     said = (unfinished / "log.txt").read_text()
     assert "WARNING checkpoint 30 is damaged (" in said
-    assert "Going on from step 20." in said
+    assert "Resuming from step 20." in said
     assert_same_run(whole_run[0], unfinished, 30)
 
 
@@ -444,7 +445,7 @@ def test_a_run_that_has_lost_all_checkpoints_does_not_begin_anew(config, unfinis
     shutil.rmtree(unfinished / "checkpoints")
     before = (unfinished / "metrics.jsonl").read_bytes()
     with pytest.raises(InputError, match="is empty, and held step 30 of this run; put back a copy"):
-        train_and_evaluate(config, unfinished)
+        train.run(config, unfinished)
     assert (unfinished / "metrics.jsonl").read_bytes() == before
 
 
@@ -457,18 +458,18 @@ def test_data_changed_since_the_run_began_are_refused(config, unfinished, tmp_pa
     content[-1] ^= 1  # in the padding at the end, which is read by nobody
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"the {split} files of digits have changed since the run"):
-        train_and_evaluate(config, unfinished)
+        train.run(config, unfinished)
 
 
 def test_a_run_to_choose_by_does_without_the_test_set(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "_make_report", MAKE_REPORT)
+    monkeypatch.setattr(page, "write_report", WRITE_REPORT)
     load_source(config.data, "train")
     shutil.copytree(config.data.data_dir, tmp_path / "data")
     config.data.data_dir = str(tmp_path / "data")
     for path in (tmp_path / "data").rglob("digits-test.array_record*"):
         path.unlink()
     config.eval.test = False
-    results = train_and_evaluate(config, tmp_path / "run")
+    results = train.run(config, tmp_path / "run")
     measured = [name for name in results if name.startswith(("validation", "test"))]
     assert measured == ["validation", "validation_ema"]
     names = [record["split"] for record in records(tmp_path / "run") if record["split"] != "train"]
@@ -479,9 +480,9 @@ def test_a_run_to_choose_by_does_without_the_test_set(config, tmp_path, monkeypa
     answers = files.read_npz(tmp_path / "run" / "predictions.npz")
     right = np.mean(answers["classes"][:, 0] == answers["label"])
     assert right == pytest.approx(results["validation_ema"]["accuracy"])
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert "The test set was not evaluated." in page
-    assert "of the validation images were misclassified" in page
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert "The test set was not evaluated." in html
+    assert "of the validation images were misclassified" in html
 
 
 # For the command line: the digits as they are, and two convolutions.
@@ -532,7 +533,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(config, tmp_path, monkeypa
     monkeypatch.setattr(sharding, "make_mesh", MAKE_MESH)
     config.train.batch_size = 100
     with pytest.raises(InputError, match=r"100, which 8 devices .* 96 or 104"):
-        train_and_evaluate(config, tmp_path / "run")
+        train.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -546,16 +547,15 @@ def test_the_log_and_the_report_tell_of_the_same_answers(tmp_path, caplog):
         confusion = [[right, 4 - right], [0, 4]]
         results[split] = {"loss": 0.5, "accuracy": (4 + right) / 8, "confusion": confusion}
     with caplog.at_level("INFO", "alexnet_jax"):
-        train._tell_results(results, tmp_path)
+        train.log_results(tmp_path, results)
     assert "75.0%" in caplog.text
 
 
 def test_pictures_of_training_images_are_mirrored_as_in_training():
-    config = default_config()
-    config.augment.update({"crop_padding": 0, "flip": False, "alternating_flip": True})
-    data = types.SimpleNamespace(info={"mean": (0.5,) * 3})
+    options = AugmentConfig(crop_padding=0, flip=True, alternating_flip=True)
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), np.uint8)
-    seen = np.asarray(train._changed_as_in_training(config, data)(jax.random.key(0), images))
+    _, *versions = inputs.augmented(images, create_augment(options), seed=0)["samples"]
+    seen = versions[0]
     mirrored = (seen == images[:, :, ::-1]).all(axis=(1, 2, 3))
     assert 16 < mirrored.sum() < 48
     np.testing.assert_array_equal(seen[~mirrored], images[~mirrored])
@@ -563,8 +563,8 @@ def test_pictures_of_training_images_are_mirrored_as_in_training():
 
 def test_a_batch_larger_than_the_data_is_refused(config, tmp_path):
     config.train.batch_size = 1304
-    with pytest.raises(InputError, match="1304; digits has 1,295 images"):
-        train_and_evaluate(config, tmp_path / "run")
+    with pytest.raises(InputError, match="1304; digits has 1,295 training images"):
+        train.run(config, tmp_path / "run")
 
 
 def test_another_architecture_is_refused(config, unfinished):
@@ -576,20 +576,20 @@ def test_another_architecture_is_refused(config, unfinished):
     with pytest.raises(
         InputError, match=r"params/fc2/bias is float32\[16\] there and float32\[24\]"
     ):
-        train_and_evaluate(config, unfinished)
+        train.run(config, unfinished)
 
 
 def test_the_first_step_waits_for_nothing_that_it_does_not_need(tmp_path):
     """TFDS and Orbax are imported when they are needed, and TensorFlow never."""
     code = """
         import sys
-        from alexnet_jax import main, train
-        from alexnet_jax.data import cache
+        from alexnet_jax import main
+        from alexnet_jax.data import cache, in_memory
         cache.MIN_BYTES = 0  # as if the digits were larger
-        def loop(*args):
+        def feeds(*args):
             print(sorted({"orbax", "tensorflow", "tensorflow_datasets"} & sys.modules.keys()))
             raise SystemExit(0)
-        train._loop = loop
+        in_memory.InMemoryDataset.feeds = feeds
         sys.argv = ["main", *sys.argv[1:]]
         main.run()
     """

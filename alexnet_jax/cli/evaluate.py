@@ -17,7 +17,7 @@ from alexnet_jax.cli import common
 from alexnet_jax.cli.network_arguments import add_run, open_network
 
 if TYPE_CHECKING:
-    from alexnet_jax.evaluation import Evaluation
+    from alexnet_jax.inference.evaluate import Evaluation
     from alexnet_jax.inference.predictor import Network
 
 _MAX_CLASSES = 20  # of a confusion matrix that fits in a terminal
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     help = "write all numbers to FILE; - prints them"
     parser.add_argument("--json", type=common.path, metavar="FILE", help=help)
     options = parser.parse_args(arguments)
-    from alexnet_jax.evaluation import evaluate_network  # imports JAX, as --help does not
+    from alexnet_jax.inference.evaluate import evaluate_network  # imports JAX, as --help does not
     from alexnet_jax.run import files
 
     network = open_network(options)

@@ -1,100 +1,117 @@
-"""Random changes of training images, per image and inside jit; and normalisation."""
+"""Random changes of training images, per image and inside jit; and normalization.
+
+An augmentation is a function `(keys, epoch, images, labels) -> (images, labels)`. Labels may come
+back as weights of the classes, float32[B, classes], so that one that mixes images fits in.
+"""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from ml_collections import ConfigDict
+from jaxtyping import Float, Int, Num, UInt8
 
-# From a key and uint8[B, H, W, C] to [B, h, w, C] on the scale 0..255: uint8, or, with shifted
-# colours, float32 that may reach beyond it.
-Augment = Callable[[Array, Array], Array]
+from alexnet_jax.data.options import AugmentConfig
+
+Images = Num[Array, "batch height width channels"]  # uint8, or float32 once colors are shifted
 Normalize = Callable[[Array], Array]  # [B, H, W, C] on the scale 0..255 -> float32[B, h, w, C]
 
 
-def with_border(images: Array, padding: int, fill: str = "reflect") -> Array:
-    """Puts a border around images.
+class Keys(NamedTuple):
+    """Random keys of an augmentation.
+
+    Attributes:
+        step: Another one at each step.
+        run: The same at every step of a run.
+    """
+
+    step: Array
+    run: Array
+
+
+Augment = Callable[[Keys, Array, Array, Array], tuple[Array, Array]]
+
+
+def pad(images: Images, padding: int, mode: str = "reflect") -> Images:
+    """Pads images by `padding` pixels on each side.
 
     Args:
-        images: [B, H, W, C].
-        padding: Pixels on each side; by reflection less than H and W.
-        fill: "reflect" fills by reflection, "constant" with zeros.
-
-    Returns:
-        [B, H + 2 padding, W + 2 padding, C].
+        images: Of any dtype.
+        padding: By reflection less than H and W.
+        mode: "reflect", or "constant", which pads with zeros.
     """
     edge = (padding, padding)
-    mode = "reflect" if fill == "reflect" else "constant"
     return jnp.pad(images, ((0, 0), edge, edge, (0, 0)), mode=mode)
 
 
-def random_crop(key: Array, images: Array, padding: int, fill: str = "reflect") -> Array:
-    """Shifts each image by up to `padding` pixels, and fills the border.
-
-    Args:
-        key: Random key.
-        images: [B, H, W, C].
-        padding: Largest shift in pixels, less than H and W.
-        fill: As of `with_border`.
-
-    Returns:
-        [B, H, W, C], as if each image had been padded on all sides and cropped at random.
-    """
+def random_crop(key: Array, images: Images, size: tuple[int, int]) -> Images:
+    """Crops each image to a window (height, width) from anywhere in it."""
     batch, height, width, channels = images.shape
-    padded = with_border(images, padding, fill)
-    corners = jax.random.randint(key, (batch, 2), 0, 2 * padding + 1)
+    top, left = height - size[0], width - size[1]
+    corners = jax.random.randint(key, (batch, 2), 0, jnp.array([[top + 1, left + 1]]))
 
     def crop(image: Array, corner: Array) -> Array:
         start = (corner[0], corner[1], jnp.zeros((), corner.dtype))
-        return jax.lax.dynamic_slice(image, start, (height, width, channels))
+        return jax.lax.dynamic_slice(image, start, (*size, channels))
 
-    return jax.vmap(crop)(padded, corners)
-
-
-def random_flip(key: Array, images: Array) -> Array:
-    """Mirrors each image of [B, H, W, C] left-right with probability 1/2."""
-    mirrored = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
-    return jnp.where(mirrored, images[:, :, ::-1], images)
+    return jax.vmap(crop)(images, corners)
 
 
-def alternating_flip(key: Array, epoch: Array, images: Array) -> Array:
-    """Mirrors each image left-right in every other epoch, a random half of them in the first.
+def center_crop(images: Images, size: int) -> Images:
+    """Crops images to the `size` x `size` pixels in the middle."""
+    top, left = ((side - size) // 2 for side in images.shape[1:3])
+    return images[:, top : top + size, left : left + size]
+
+
+def random_flip(key: Array, images: Images) -> Images:
+    """Flips each image horizontally with probability 1/2."""
+    flipped = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
+    return jnp.where(flipped, images[:, :, ::-1], images)
+
+
+def alternating_flip(
+    key: Array, epoch: Int[Array, ""], images: UInt8[Array, "batch height width channels"]
+) -> UInt8[Array, "batch height width channels"]:
+    """Flips each image horizontally in every other epoch, a random half of them in the first.
 
     So each image is seen both ways in any two epochs (Jordan, 2024, "94% on CIFAR-10 in 3.29
     seconds on a single GPU"). Which half an image belongs to follows from its own pixels, by a
-    random hash: no number of it has to travel with it, wherever it comes from.
+    random hash: no index of it has to travel with it, wherever it comes from.
 
     Args:
         key: The same in all epochs.
-        epoch: int32[], from 0.
-        images: uint8[B, H, W, C], as the data set has them.
+        epoch: From 0.
+        images: As the data set has them.
     """
     factors = jax.random.bits(key, (1, *images.shape[1:]), jnp.uint32)
     hashes = (images.astype(jnp.uint32) * factors).sum((1, 2, 3), dtype=jnp.uint32)
     # Multiplied by random numbers, the highest bit is the most evenly spread.
-    mirrored = (hashes >> 31) ^ (epoch.astype(jnp.uint32) & 1)
-    return jnp.where(mirrored.astype(bool).reshape(-1, 1, 1, 1), images[:, :, ::-1], images)
+    flipped = (hashes >> 31) ^ (epoch.astype(jnp.uint32) & 1)
+    return jnp.where(flipped.astype(bool).reshape(-1, 1, 1, 1), images[:, :, ::-1], images)
 
 
-def cutout(key: Array, images: Array, side: int, fill: tuple[int, ...]) -> Array:
-    """Covers a square of each image (DeVries and Taylor, 2017).
-
-    Its centre is any pixel, so that it may reach beyond the edge.
+def cutout(
+    key: Array,
+    images: UInt8[Array, "batch height width channels"],
+    side: int,
+    fill: tuple[int, ...],
+) -> UInt8[Array, "batch height width channels"]:
+    """Covers a square of each image (DeVries and Taylor, 2017), which may reach beyond its edge.
 
     Args:
         key: Random key.
-        images: uint8[B, H, W, C].
+        images: Not changed elsewhere.
         side: Of the square, in pixels.
-        fill: Colour of the square; that of the data set's mean makes it 0 once normalised.
+        fill: Color of the square; the data set's mean becomes 0 once normalized.
     """
     batch, height, width, _ = images.shape
     keys = jax.random.split(key)
 
     def covered(key: Array, length: int) -> Array:
-        centre = jax.random.randint(key, (batch, 1), 0, length)
-        distance = jnp.arange(length).reshape(1, -1) - centre + side // 2
+        center = jax.random.randint(key, (batch, 1), 0, length)
+        distance = jnp.arange(length).reshape(1, -1) - center + side // 2
         return (distance >= 0) & (distance < side)
 
     rows, columns = covered(keys[0], height), covered(keys[1], width)
@@ -102,158 +119,91 @@ def cutout(key: Array, images: Array, side: int, fill: tuple[int, ...]) -> Array
     return jnp.where(square, jnp.array(fill, jnp.uint8).reshape(1, 1, 1, -1), images)
 
 
-def random_window(key: Array, images: Array, size: int) -> Array:
-    """Takes a square from anywhere in each image.
+def pca_jitter(
+    key: Array, images: Images, components: Array | np.ndarray, std: float
+) -> Float[Array, "batch height width channels"]:
+    """Adds a random color to each image, as colors vary in the data set.
+
+    PCA color augmentation of Krizhevsky, Sutskever and Hinton (2012), section 4.1. The text there
+    multiplies the principal components by eigenvalues of the covariance; Krizhevsky's cuda-convnet2
+    by standard deviations, which are their square roots, and have the unit of a color. So does
+    this.
 
     Args:
         key: Random key.
-        images: [B, H, W, C] of any dtype.
-        size: Side of the square in pixels, at most H and W.
+        images: On the scale 0..255.
+        components: [C, C], of `statistics.principal_components`.
+        std: Of the normal distribution that each component's share is drawn from.
 
     Returns:
-        [B, size, size, C] of the same dtype.
-    """
-    batch, height, width, channels = images.shape
-    corners = jax.random.randint(
-        key, (batch, 2), 0, jnp.array([[height - size + 1, width - size + 1]])
-    )
-
-    def crop(image: Array, corner: Array) -> Array:
-        start = (corner[0], corner[1], jnp.zeros((), corner.dtype))
-        return jax.lax.dynamic_slice(image, start, (size, size, channels))
-
-    return jax.vmap(crop)(images, corners)
-
-
-def centre(images: Array, size: int) -> Array:
-    """Takes the `size` x `size` pixels in the middle of images [B, H, W, C] of any dtype."""
-    top, left = ((side - size) // 2 for side in images.shape[1:3])
-    return images[:, top : top + size, left : left + size]
-
-
-def shift_colours(key: Array, images: Array, axes: Array | np.ndarray, deviation: float) -> Array:
-    """Adds to all pixels of an image a random colour, as such colours vary in the data set.
-
-    Krizhevsky, Sutskever and Hinton (2012), section 4.1. The text there multiplies the principal
-    components by eigenvalues of the covariance; Krizhevsky's cuda-convnet2 by the deviations, which
-    are their square roots, and have the unit of a colour. So does this.
-
-    Args:
-        key: Random key.
-        images: [B, H, W, C].
-        axes: [C, C], of `principal_colours`.
-        deviation: Of the normal distribution that each component's share is drawn from.
-
-    Returns:
-        float32[B, H, W, C], on the same scale, and not cut off at its ends.
+        On the same scale, and not clipped to it.
     """
     batch, _, _, channels = images.shape
-    shares = deviation * jax.random.normal(key, (batch, channels))
-    shift = jnp.matmul(shares, jnp.asarray(axes, jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    # On a grid of 1/256, where sums are exact: else the streamed and the resident path, which XLA
+    shares = std * jax.random.normal(key, (batch, channels))
+    precision = jax.lax.Precision.HIGHEST
+    shift = jnp.matmul(shares, jnp.asarray(components, jnp.float32), precision=precision)
+    # On a grid of 1/256, where sums are exact: else the streamed and the in-memory path, which XLA
     # fuses otherwise, would differ in their last bits.
     shift = jnp.round(shift * 256) / 256
     return images.astype(jnp.float32) + shift[:, None, None, :]
 
 
 def create_augment(
-    config: ConfigDict,
+    config: AugmentConfig,
     mean: tuple[float, ...] = (0.5, 0.5, 0.5),
     crop_size: int = 0,
-    colours: tuple[tuple[float, ...], ...] = (),
+    components: tuple[tuple[float, ...], ...] = (),
 ) -> Augment:
     """Chains what a `config.augment` section asks for; the identity if it asks for nothing.
 
     Args:
-        config: The section; its `alternating_flip` is a matter of the step, which knows the epoch.
-        mean: Of each channel, on the scale 0..1, for what is to be covered.
+        config: The section.
+        mean: Of each channel, on the scale 0..1, which cutout covers with.
         crop_size: `config.data.crop_size`.
-        colours: Of `principal_colours`, if the section asks for `pca_jitter`.
+        components: Of `statistics.principal_components`, if the section has a `pca_jitter`.
     """
     fill = tuple(round(255 * value) for value in mean)
 
-    def augment(key: Array, images: Array) -> Array:
-        crop_key, flip_key = jax.random.split(key)
+    def augment(keys: Keys, epoch: Array, images: Array, labels: Array) -> tuple[Array, Array]:
+        crop_key, flip_key = jax.random.split(keys.step)
+        if config.flip and config.alternating_flip:
+            images = alternating_flip(keys.run, epoch, images)
+        # Folded in, so that the other draws are the same with and without these.
         if crop_size:
-            images = random_window(jax.random.fold_in(key, 4), images, crop_size)
+            key = jax.random.fold_in(keys.step, 4)
+            images = random_crop(key, images, (crop_size, crop_size))
         if config.crop_padding:
-            images = random_crop(crop_key, images, config.crop_padding, config.pad_mode)
+            padded = pad(images, config.crop_padding, config.pad_mode)
+            images = random_crop(crop_key, padded, (images.shape[1], images.shape[2]))
         if config.flip and not config.alternating_flip:
             images = random_flip(flip_key, images)
-        # Folded in, so that the other draws are the same with these and without.
         if config.cutout:
-            images = cutout(jax.random.fold_in(key, 2), images, config.cutout, fill)
+            images = cutout(jax.random.fold_in(keys.step, 2), images, config.cutout, fill)
         if config.pca_jitter:
-            colour_key = jax.random.fold_in(key, 3)
-            images = shift_colours(colour_key, images, np.array(colours), config.pca_jitter)
-        return images
+            key = jax.random.fold_in(keys.step, 3)
+            images = pca_jitter(key, images, np.array(components), config.pca_jitter)
+        return images, labels
 
     return augment
 
 
-def channel_statistics(counts: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Works out mean and standard deviation of each channel, with values scaled to 0..1.
-
-    Args:
-        counts: int64[C, 256], how often each value occurs, which needs no float copy of the images.
-            The sums are of integers, and exact: the same on every host that takes part in a run.
-
-    Returns:
-        (means, deviations), C floats each; a channel that never changes has deviation 1.
-    """
-    values = np.arange(256)
-    means, deviations = [], []
-    for channel in counts:
-        # Python's integers, for squares of sums over many images have more than 64 bits.
-        count, total, squares = (int(channel @ values**power) for power in range(3))
-        variance = (squares * count - total**2) / (255 * count) ** 2
-        means.append(total / (255 * count))
-        deviations.append(variance**0.5 if variance else 1.0)
-    return tuple(means), tuple(deviations)
-
-
-def principal_colours(images: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    """Finds the directions in which the colours of pixels vary, and how far.
-
-    Args:
-        images: uint8[N, H, W, 3].
-
-    Returns:
-        3 colours on the scale 0..255: the eigenvectors of the covariance of the pixels, the largest
-        first, each as long as the deviation of the pixels along it.
-    """
-    sums, products, count = np.zeros(3), np.zeros((3, 3)), 0
-    for start in range(0, len(images), 64):  # in float64, where sums of integers are exact
-        pixels = images[start : start + 64].reshape(-1, 3).astype(np.float64)
-        sums, products, count = (
-            sums + pixels.sum(0),
-            products + pixels.T @ pixels,
-            count + len(pixels),
-        )
-    mean = sums / count
-    values, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))
-    colours = (vectors * np.sqrt(np.maximum(values, 0))).T[::-1]
-    colours *= np.where(colours.sum(axis=1, keepdims=True) < 0, -1, 1)  # eigh leaves the sign open
-    return tuple(tuple(map(float, colour)) for colour in colours)
-
-
 def create_normalize(
-    means: tuple[float, ...], deviations: tuple[float, ...], crop_size: int = 0
+    mean: tuple[float, ...], std: tuple[float, ...], crop_size: int = 0
 ) -> Normalize:
-    """Returns the function that maps uint8 images to float32 with mean 0, deviation 1.
+    """Returns the function that maps images on the scale 0..255 to float32 with mean 0 and std 1.
 
     Args:
-        means: Of each channel, on the scale 0..1.
-        deviations: Likewise.
-        crop_size: Side of the middle that is left of larger images; 0 leaves all.
+        mean: Of each channel, on the scale 0..1.
+        std: Of each channel, on the scale 0..1.
+        crop_size: Side of the center that larger images are cropped to; 0 leaves them whole.
     """
-    # x / 255 - mean, over deviation, as one multiplication and one addition.
-    scale = np.reshape(1 / (255 * np.array(deviations)), (1, 1, 1, -1)).astype(np.float32)
-    shift = np.reshape(-np.array(means) / np.array(deviations), (1, 1, 1, -1)).astype(np.float32)
+    # (x / 255 - mean) / std, as one multiplication and one addition.
+    scale = np.reshape(1 / (255 * np.array(std)), (1, 1, 1, -1)).astype(np.float32)
+    shift = np.reshape(-np.array(mean) / np.array(std), (1, 1, 1, -1)).astype(np.float32)
 
     def normalize(images: Array) -> Array:
         if crop_size:
-            images = centre(images, crop_size)
+            images = center_crop(images, crop_size)
         return images.astype(jnp.float32) * scale + shift
 
     return normalize

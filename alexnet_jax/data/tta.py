@@ -1,4 +1,4 @@
-"""Several views of each image at test time, whose answers are averaged."""
+"""Test-time augmentation: several views of each image, whose predictions are averaged."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,114 +7,102 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from ml_collections import ConfigDict
+from jaxtyping import Float, Num
 
-from alexnet_jax.data.augment import centre, with_border
+from alexnet_jax.data.augment import center_crop, pad
+from alexnet_jax.data.options import AugmentConfig
 
-VIEWS = ("none", "flip", "flip_translate", "ten_crop")
+Images = Num[Array, "batch height width channels"]
+Views = Num[Array, "views batch height2 width2 channels"]
+Logits = Float[Array, "views batch classes"]
 
 
-class Views(NamedTuple):
-    """How an image is looked at, and how the answers become one.
+class TTA(NamedTuple):
+    """How images are viewed, and how the predictions are combined.
 
     Attributes:
-        take: uint8[B, H, W, C] to uint8[V, B, H, W, C].
-        combine: Logits float32[V, B, classes] to float32[B, classes], logits again.
+        views: uint8[B, H, W, C] to uint8[V, B, h, w, C].
+        combine: Logits float32[V, B, classes] to logits float32[B, classes].
     """
 
-    take: Callable[[Array], Array]
+    views: Callable[[Array], Array]
     combine: Callable[[Array], Array]
 
 
-def _mirrored(views: list[Array]) -> Array:
-    return jnp.stack([view for each in views for view in (each, each[:, :, ::-1])])
+def _with_flips(views: list[Array]) -> Array:
+    return jnp.stack([flipped for view in views for flipped in (view, view[:, :, ::-1])])
 
 
-def _shifted(
-    images: Array, padding: int, corners: list[tuple[int, int]], fill: str = "reflect"
-) -> list[Array]:
-    """Cuts windows of the images' size, by corner, out of images with a border."""
-    padded = with_border(images, padding, fill)
-    height, width = images.shape[1:3]
-    return [padded[:, y : y + height, x : x + width] for y, x in corners]
+def _crops(images: Array, size: tuple[int, int], corners: list[tuple[int, int]]) -> list[Array]:
+    return [images[:, y : y + size[0], x : x + size[1]] for y, x in corners]
 
 
-def _centres(views: list[Array], size: int) -> list[Array]:
-    # Before they are mirrored: with an odd margin the middle of a mirror image is another.
-    return [centre(view, size) for view in views] if size else views
+def _centers(views: list[Array], size: int) -> list[Array]:
+    # Before they are flipped: with an odd margin the center of a flipped image is another.
+    return [center_crop(view, size) for view in views] if size else views
 
 
-def flip(images: Array, size: int = 0) -> Array:
-    """The image and its mirror image.
+def flip(images: Images, size: int = 0) -> Views:
+    """Returns the image and its horizontal flip: 2 views.
 
     Args:
-        images: uint8[B, H, W, C].
-        size: Side of the middle of it that is seen; 0 is all.
-
-    Returns:
-        uint8[2, B, h, w, C].
+        images: Of a batch.
+        size: Side of the center that they are cropped to; 0 leaves them whole.
     """
-    return _mirrored(_centres([images], size))
+    return _with_flips(_centers([images], size))
 
 
-def flip_translate(images: Array, size: int = 0) -> Array:
+def flip_translate(images: Images, size: int = 0) -> Views:
     """As `flip`, also of the image shifted by a pixel up and left, and down and right: 6 views."""
-    return _mirrored(_centres([images, *_shifted(images, 1, [(0, 0), (2, 2)])], size))
+    size_seen = (images.shape[1], images.shape[2])
+    shifted = _crops(pad(images, 1), size_seen, [(0, 0), (2, 2)])
+    return _with_flips(_centers([images, *shifted], size))
 
 
-def ten_crop(images: Array, padding: int, size: int = 0, fill: str = "reflect") -> Array:
-    """The four corners and the centre of each image, and their mirror images: 10 views.
+def ten_crop(images: Images, padding: int, size: int = 0, pad_mode: str = "reflect") -> Views:
+    """Returns the corners and the center of each image, and their horizontal flips: 10 views.
 
     Args:
-        images: uint8[B, H, W, C].
-        padding: Pixels of border that the image gets first; of no account with `size`.
+        images: Of a batch.
+        padding: Pixels that the image is padded by first, unless there is a `size`.
         size: Side of the crops; 0 is that of the image.
-        fill: Of the border, as of `augment.with_border`.
-
-    Returns:
-        uint8[10, B, h, w, C].
+        pad_mode: Of `augment.pad`.
     """
     if size:
-        bottom, right = (side - size for side in images.shape[1:3])
-        corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
-        return _mirrored([images[:, y : y + size, x : x + size] for y, x in corners])
-    far = 2 * padding
-    corners = [(0, 0), (0, far), (far, 0), (far, far), (padding, padding)]
-    return _mirrored(_shifted(images, padding, corners, fill))
+        height = width = size
+    else:
+        height, width = images.shape[1:3]
+        images = pad(images, padding, pad_mode)
+    bottom, right = images.shape[1] - height, images.shape[2] - width
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
+    return _with_flips(_crops(images, (height, width), corners))
 
 
-def mean_logits(weights: tuple[float, ...]) -> Callable[[Array], Array]:
-    """Averages logits float32[V, B, classes] with weights of the views, which sum to 1."""
+def mean_logits(weights: tuple[float, ...]) -> Callable[[Logits], Float[Array, "batch classes"]]:
+    """Returns the function that averages logits with weights of the views, which sum to 1."""
     return lambda logits: jnp.tensordot(np.array(weights, np.float32), logits, 1)
 
 
-def mean_softmax(logits: Array) -> Array:
-    """Averages the probabilities of logits float32[V, B, classes], and returns logarithms."""
+def mean_softmax(logits: Logits) -> Float[Array, "batch classes"]:
+    """Averages the probabilities, and returns their logarithms."""
     return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - np.log(len(logits))
 
 
-def create_views(config: ConfigDict) -> Views | None:
-    """Returns the views that a config names; None for "none".
+def create_tta(name: str, augment: AugmentConfig, crop_size: int = 0) -> TTA | None:
+    """Returns the test-time augmentation that `config.eval.tta` names; None for "none".
 
     "flip" and "flip_translate" are levels 1 and 2 of airbench (Jordan, 2024): logits are averaged,
     with half of the weight on the image that is not shifted. "ten_crop" is that of Krizhevsky,
-    Sutskever and Hinton (2012): the softmax is averaged; its crops are of `data.crop_size`, or of
-    images with the border that they had in training.
-
-    Args:
-        config: The whole config; `eval.tta`, `data.crop_size` and the border of `augment` are
-            used.
+    Sutskever and Hinton (2012): the softmax is averaged; its crops are of `crop_size`, or of images
+    padded as they were in training.
     """
-    size, augment = config.data.crop_size, config.augment
-    match config.eval.tta:
+    match name:
         case "flip":
-            return Views(lambda images: flip(images, size), mean_logits((1 / 2,) * 2))
+            return TTA(lambda images: flip(images, crop_size), mean_logits((1 / 2,) * 2))
         case "flip_translate":
             weights = (1 / 4,) * 2 + (1 / 8,) * 4
-            return Views(lambda images: flip_translate(images, size), mean_logits(weights))
+            return TTA(lambda images: flip_translate(images, crop_size), mean_logits(weights))
         case "ten_crop":
-            return Views(
-                lambda images: ten_crop(images, augment.crop_padding, size, augment.pad_mode),
-                mean_softmax,
-            )
+            padding, mode = augment.crop_padding, augment.pad_mode
+            return TTA(lambda images: ten_crop(images, padding, crop_size, mode), mean_softmax)
     return None

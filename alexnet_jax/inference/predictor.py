@@ -15,11 +15,10 @@ from jax import Array
 from ml_collections import ConfigDict
 from PIL import Image
 
-from alexnet_jax import steps
+from alexnet_jax import seeds, steps
 from alexnet_jax.checkpoint.reader import read_weights
 from alexnet_jax.data import augment, decode
 from alexnet_jax.data.options import input_size
-from alexnet_jax.distributed import replicas
 from alexnet_jax.errors import InputError, show
 from alexnet_jax.models import create_model
 from alexnet_jax.run import directory
@@ -228,7 +227,7 @@ def load(
     side = input_size(config.data)
     blank = jnp.zeros((1, side, side, 3))
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), blank, train=False))
-    trained = replicas.seeds(config.seed, config.num_seeds).tolist()
+    trained = seeds.numbers(config.seed, config.num_seeds)
     if seed is not None and seed not in trained:
         raise InputError(
             f"the run in {folder} has no network of seed {show(seed)}; it has {trained[0]}"
@@ -243,7 +242,7 @@ def load(
     arrays = (weights.params, weights.model_state, weights.ema)
     replica = 0 if seed is None else trained.index(seed)
     if len(trained) > 1:
-        arrays = replicas.pick(arrays, replica)
+        arrays = seeds.pick(arrays, replica)
     params, model_state, average = arrays
     return Network(
         folder=folder,

@@ -22,7 +22,7 @@ from typing import Any, Concatenate, ParamSpec
 import jax
 from ml_collections import ConfigDict
 
-from alexnet_jax.config import RESUMABLE, default_config, flatten, validate
+from alexnet_jax.config import RESUMABLE, Config, default_config, flatten, validate
 from alexnet_jax.distributed import collectives
 from alexnet_jax.errors import InputError, SaveFailed
 from alexnet_jax.run.files import format_json as format_json
@@ -95,7 +95,7 @@ class RunDirectory:
 
     @classmethod
     @contextmanager
-    def open(cls, workdir: str | Path, config: ConfigDict) -> Iterator["RunDirectory"]:
+    def open(cls, workdir: str | Path, config: Config) -> Iterator["RunDirectory"]:
         """Creates the folder of a new run, or resumes an old one, and appends to its log.txt.
 
         No other run can open the folder until the context or the process ends.
@@ -106,12 +106,11 @@ class RunDirectory:
 
         Raises:
             InputError: The folder cannot be written, holds something else or another run, or is
-                in use; or the config is invalid, or differs between the processes.
+                in use; or the config differs between the processes.
         """
         path = Path(workdir)
         with ExitStack() as stack:
             with collectives.fail_together():
-                validate(config)
                 if jax.process_index() == 0:
                     path = stack.enter_context(open_run_folder(path, config))
                 else:

@@ -11,6 +11,7 @@ import optax
 import pytest
 from trained_run import saved, stopped_at
 
+from alexnet_jax import train
 from alexnet_jax.checkpoint import initialize_from
 from alexnet_jax.checkpoint.initialize_from import Start, open_start
 from alexnet_jax.checkpoint.manager import Checkpoints
@@ -21,7 +22,6 @@ from alexnet_jax.inference import predictor
 from alexnet_jax.models import create_model
 from alexnet_jax.run import directory, writers
 from alexnet_jax.state import create_state
-from alexnet_jax.train import train_and_evaluate
 from configs import finetune
 
 ROOT = Path(__file__).parents[2]
@@ -211,7 +211,7 @@ def test_a_fine_tuned_run_is_bit_equal_when_resumed(tmp_path, monkeypatch, one_d
     config.optimizer.update({"name": "sgd_2012", "weight_decay": 5e-4, "warmup_epochs": 0.0})
     config.train.update({"batch_size": 256, "epochs": 4})
     config.writers.tensorboard = False
-    train_and_evaluate(config, tmp_path / "whole")
+    train.run(config, tmp_path / "whole")
 
     info = json.loads((tmp_path / "whole" / "dataset.json").read_text())
     assert (tuple(info["mean"]), tuple(info["deviation"])) == (MEAN, DEVIATION)
@@ -243,11 +243,11 @@ def test_a_fine_tuned_run_is_bit_equal_when_resumed(tmp_path, monkeypatch, one_d
 
     config.data.update({"in_memory": "off", "workers": 0})  # the same batches and colours
     with stopped_at(12), pytest.raises(Interrupted):
-        train_and_evaluate(config, tmp_path / "again")
+        train.run(config, tmp_path / "again")
     monkeypatch.setattr(
         initialize_from.inference, "load", None
     )  # the source is not needed any more
-    train_and_evaluate(config, tmp_path / "again")
+    train.run(config, tmp_path / "again")
     trees = [jax.tree.leaves(saved(tmp_path / name, 20)) for name in ("whole", "again")]
     for one, other in zip(*trees, strict=True):
         np.testing.assert_array_equal(one, other)

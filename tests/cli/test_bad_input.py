@@ -32,7 +32,7 @@ KEYS = st.sampled_from(sorted(DEFAULTS))
 
 def build(config, steps_per_epoch=7, num_classes=10):
     """Goes as far as a run can without computing: shapes and dtypes of a whole training step."""
-    validate(config)
+    config = validate(config)
     model = create_model(config.model, num_classes)
     schedule = create_schedule(config.optimizer, steps_per_epoch, config.train.epochs)
     optimizer = create_optimizer(config.optimizer, schedule)
@@ -47,6 +47,7 @@ def build(config, steps_per_epoch=7, num_classes=10):
         optimizer=optimizer,
         augment=augment.create_augment(config.augment, (0.5,) * 3, crop_size, np.eye(3).tolist()),
         normalize=augment.create_normalize((0.5,) * 3, (0.2,) * 3, crop_size),
+        steps_per_epoch=steps_per_epoch,
         label_smoothing=config.train.label_smoothing,
         ema_decay=config.train.ema_decay,
     )

@@ -168,7 +168,7 @@ def test_of_many_processes_the_first_says_how_training_ended(
     monkeypatch.setattr(writers, "log_to_terminal", lambda **_: None)
     monkeypatch.setattr(environment, "prepare", lambda: ())
     monkeypatch.setattr(initialize, "initialized", lambda _: contextlib.nullcontext(process))
-    monkeypatch.setattr(train, "train_and_evaluate", fail)
+    monkeypatch.setattr(train, "run", fail)
     assert main.run() == code
     err = capsys.readouterr().err
     assert err.startswith(says) if process == 0 else err == ""

@@ -3,21 +3,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax.config import default_config
 from alexnet_jax.data.augment import (
+    Keys,
     alternating_flip,
-    centre,
-    channel_statistics,
+    center_crop,
     create_augment,
     create_normalize,
     cutout,
-    principal_colours,
+    pad,
+    pca_jitter,
     random_crop,
     random_flip,
-    random_window,
-    shift_colours,
 )
 from alexnet_jax.data.decode import count_values
+from alexnet_jax.data.options import AugmentConfig
+from alexnet_jax.data.statistics import channel_statistics, principal_components
 
 KEY = jax.random.key(0)
 PADDING = 2
@@ -43,15 +43,23 @@ def corner(image, output):
     return found[0]
 
 
-def augment_section(**options):
-    config = default_config().augment
-    config.update(options)
-    return config
+def augmented(images, mean=(0.5,) * 3, key=KEY, crop_size=0, components=(), **options):
+    """Images as `create_augment` changes them; the labels stay."""
+    augment = create_augment(AugmentConfig(**options), mean, crop_size, components)
+    labels = jnp.arange(len(images))
+    images, after = jax.jit(augment)(Keys(key, KEY), jnp.int32(0), images, labels)
+    np.testing.assert_array_equal(after, labels)
+    return images
+
+
+def shift(key, images, mode="reflect"):
+    """Shifts each image by up to `PADDING` pixels."""
+    return random_crop(key, pad(images, PADDING, mode), images.shape[1:3])
 
 
 def test_each_crop_is_a_window_of_the_reflected_image():
     images = noise(500)
-    cropped = jax.jit(random_crop, static_argnums=2)(KEY, images, PADDING)
+    cropped = jax.jit(shift)(KEY, images)
     assert (cropped.shape, cropped.dtype) == (images.shape, np.uint8)
     corners = [corner(*pair) for pair in zip(images, np.asarray(cropped), strict=True)]
     # Each image has its own, any of the 25 as often as another: 20 times, give or take 4.4.
@@ -72,9 +80,9 @@ def test_flips_mirror_half_of_the_images():
 @pytest.mark.parametrize("kind", ["crop", "flip", "both"])
 def test_draws_depend_on_the_key_alone(kind):
     draw = {
-        "crop": lambda key, images: random_crop(key, images, PADDING),
+        "crop": shift,
         "flip": random_flip,
-        "both": create_augment(augment_section()),
+        "both": lambda key, images: augmented(images, key=key),
     }[kind]
     images = noise(50)
     np.testing.assert_array_equal(draw(KEY, images), draw(KEY, images))
@@ -83,8 +91,7 @@ def test_draws_depend_on_the_key_alone(kind):
 
 def test_augment_crops_then_flips():
     images = noise(100)
-    augment = create_augment(augment_section(crop_padding=PADDING, flip=True))
-    outputs = np.asarray(jax.jit(augment)(KEY, images))
+    outputs = np.asarray(augmented(images, crop_padding=PADDING, flip=True))
     assert outputs.dtype == np.uint8
     kinds = set()
     for image, output in zip(images, outputs, strict=True):
@@ -96,8 +103,7 @@ def test_augment_crops_then_flips():
 @pytest.mark.parametrize(("padding", "flip"), [(0, False), (0, True), (PADDING, False)])
 def test_each_augmentation_can_be_off(padding, flip):
     images = noise(60)
-    augment = create_augment(augment_section(crop_padding=padding, flip=flip))
-    outputs = np.asarray(augment(KEY, images))
+    outputs = np.asarray(augmented(images, crop_padding=padding, flip=flip))
     same = [np.array_equal(*pair) for pair in zip(images, outputs, strict=True)]
     assert all(same) == (not padding and not flip)
     if not padding:
@@ -110,9 +116,9 @@ def test_each_augmentation_can_be_off(padding, flip):
 
 def test_black_fills_the_border_with_zeros():
     images = noise(200) | 1  # no pixel is black by itself
-    cropped = np.asarray(random_crop(KEY, images, PADDING, "constant"))
+    cropped = np.asarray(shift(KEY, images, "constant"))
     padded = np.pad(images, [(0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)])
-    reflected = np.asarray(random_crop(KEY, images, PADDING))
+    reflected = np.asarray(shift(KEY, images))
     for image, output, other in zip(padded, cropped, reflected, strict=True):
         y, x = np.argwhere((windows_of(image) == output).all((2, 3, 4)))[0]
         same = output > 0  # the same window, apart from the border
@@ -171,8 +177,8 @@ def test_cutout_covers_one_square(side):
 
 def test_cutout_covers_with_the_mean_and_leaves_other_draws():
     images = noise(50)
-    plain = create_augment(augment_section())(KEY, images)
-    with_it = create_augment(augment_section(cutout=3), (0.2, 0.4, 0.6))(KEY, images)
+    plain = augmented(images)
+    with_it = augmented(images, (0.2, 0.4, 0.6), cutout=3)
     changed = (np.asarray(plain) != np.asarray(with_it)).any(-1)
     assert changed.any((1, 2)).all()
     assert (np.asarray(with_it)[changed] == [51, 102, 153]).all()
@@ -218,7 +224,7 @@ def test_normalized_images_have_mean_0_and_deviation_1():
 
 def test_windows_come_from_anywhere_in_an_image():
     images = noise(300, height=9, width=8)
-    taken = np.asarray(jax.jit(random_window, static_argnums=2)(KEY, images, 6))
+    taken = np.asarray(jax.jit(random_crop, static_argnums=2)(KEY, images, (6, 6)))
     assert taken.shape == (300, 6, 6, 3)
     corners = []
     for image, window in zip(images, taken, strict=True):
@@ -239,7 +245,7 @@ def test_windows_come_from_anywhere_in_an_image():
 def test_the_centre_is_in_the_middle(size, top, left):
     images = noise(2, height=9, width=9)
     expected = images[:, top : top + size, left : left + size]
-    np.testing.assert_array_equal(centre(jnp.asarray(images), size), expected)
+    np.testing.assert_array_equal(center_crop(jnp.asarray(images), size), expected)
 
 
 def test_evaluation_sees_the_middle_and_training_windows():
@@ -247,19 +253,19 @@ def test_evaluation_sees_the_middle_and_training_windows():
     normalize = create_normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 5)
     full = create_normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     np.testing.assert_array_equal(normalize(images), full(images)[:, 2:7, 2:7])
-    augment = create_augment(augment_section(crop_padding=0, flip=False), crop_size=5)
-    np.testing.assert_array_equal(augment(KEY, images).shape, (4, 5, 5, 3))
-    np.testing.assert_array_equal(normalize(augment(KEY, images)), full(augment(KEY, images)))
+    cropped = augmented(images, crop_size=5, crop_padding=0, flip=False)
+    assert cropped.shape == (4, 5, 5, 3)
+    np.testing.assert_array_equal(normalize(cropped), full(cropped))
 
 
-def test_principal_colours_are_those_of_sklearn():
+def test_principal_components_are_those_of_sklearn():
     from sklearn.decomposition import PCA
 
     rng = np.random.default_rng(0)
     mix = np.array([[30, 25, 20], [10, -8, 0], [1, 2, -4]])
     pixels = np.clip(rng.normal(size=(70 * 5 * 6, 3)) @ mix + 128, 0, 255).astype(np.uint8)
     images = pixels.reshape(70, 5, 6, 3)  # more than the 64 that are summed at once
-    ours = np.array(principal_colours(images))
+    ours = np.array(principal_components(images))
     pca = PCA().fit(pixels)
     theirs = pca.components_ * pca.singular_values_[:, None] / len(pixels) ** 0.5
     theirs *= np.sign(theirs.sum(axis=1, keepdims=True))
@@ -269,7 +275,7 @@ def test_principal_colours_are_those_of_sklearn():
 def test_colours_shift_along_their_axes_by_the_deviation_asked_for():
     axes = ((60.0, 60.0, 60.0), (20.0, 0.0, -20.0), (3.0, -6.0, 3.0))
     images = np.broadcast_to(np.uint8([250, 128, 2]), (4000, 2, 2, 3))
-    shifted = np.asarray(jax.jit(shift_colours, static_argnums=(2, 3))(KEY, images, axes, 0.1))
+    shifted = np.asarray(jax.jit(pca_jitter, static_argnums=(2, 3))(KEY, images, axes, 0.1))
     shift = shifted - images
     np.testing.assert_array_equal(shift, np.broadcast_to(shift[:, :1, :1], shift.shape))
     shares = np.linalg.solve(np.array(axes).T, shift[:, 0, 0].T)
@@ -282,9 +288,8 @@ def test_augment_shifts_colours_if_asked():
     images = jnp.asarray(noise(5))
     axes = ((60.0, 60.0, 60.0), (20.0, 0.0, -20.0), (3.0, -6.0, 3.0))
     options = {"crop_padding": 0, "flip": False}
-    plain = create_augment(augment_section(**options), colours=axes)(KEY, images)
+    plain = augmented(images, components=axes, **options)
     assert plain.dtype == jnp.uint8
-    augment = create_augment(augment_section(**options, pca_jitter=0.1), colours=axes)
-    shift = np.asarray(augment(KEY, images)) - images
+    shift = np.asarray(augmented(images, components=axes, pca_jitter=0.1, **options)) - images
     assert np.ptp(shift[:, 0, 0], axis=0).min() > 1  # another for each image
     np.testing.assert_array_equal(shift, np.broadcast_to(shift[:, :1, :1], shift.shape))

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax.data.sampling import epoch_order, padded_batches, stratified_split, take_batch
+from alexnet_jax.data.feed import InMemoryFeed, dispatches
+from alexnet_jax.data.sampling import epoch_order, padded_batches, stratified_split
 
 KEY = jax.random.key(0)
 
@@ -29,8 +30,10 @@ def test_order_is_a_permutation_of_key_and_epoch():
 def test_batches_of_an_epoch_follow_its_order():
     images, labels = dataset(11)
     order = epoch_order(KEY, 0, 11)
+    feed = InMemoryFeed(jnp.asarray(images), jnp.asarray(labels), order[:9].reshape(3, 3))
+    assert feed.num_steps == 3
     for position in range(3):
-        batch = take_batch({"image": images, "label": labels}, order, jnp.int32(position), 3)
+        batch = feed.batch(jnp.int32(position))
         chosen = np.asarray(order)[3 * position : 3 * position + 3]
         np.testing.assert_array_equal(batch["image"], images[chosen])
         np.testing.assert_array_equal(batch["label"], labels[chosen])
@@ -92,3 +95,11 @@ def test_fraction_0_holds_out_nothing():
     np.testing.assert_array_equal(first, np.arange(152))
     assert len(second) == 0
     assert second.dtype.kind == "i"
+
+
+def test_calls_end_at_the_same_steps_wherever_the_run_resumes():
+    ends = [step + count for step, count in dispatches(0, 20, 10, 4)]
+    assert ends == [4, 8, 10, 14, 18, 20]
+    for start in range(20):
+        resumed = [step + count for step, count in dispatches(start, 20, 10, 4)]
+        assert resumed == [end for end in ends if end > start]

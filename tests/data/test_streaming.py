@@ -6,22 +6,25 @@ import subprocess
 import sys
 import time
 from collections import deque
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from alexnet_jax.config import default_config
+from alexnet_jax.config import default_config, validate
 from alexnet_jax.data import load, streaming
-from alexnet_jax.data.load import ResidentDataset, load_data
-from alexnet_jax.data.reading import Batches, read_ahead
-from alexnet_jax.data.sampling import epoch_order, padded_batches, take_batch
+from alexnet_jax.data.in_memory import InMemoryDataset, memory_limit
+from alexnet_jax.data.load import load_data
+from alexnet_jax.data.sampling import epoch_order, padded_batches
 from alexnet_jax.data.streaming import (
+    BatchReader,
+    Reader,
     StreamedBatches,
     StreamedDataset,
+    prefetched,
     process_share,
     training_rows,
 )
@@ -50,40 +53,43 @@ class Numbers:
         return images, np.full(len(indices), os.getpid(), np.int32)
 
 
-def options(workers=0, prefetch=2):
-    return ConfigDict({"workers": workers, "prefetch": prefetch})
+def reader(workers=0, devices=2):
+    return Reader(workers, 2, sharding.make_mesh(jax.devices()[:devices]))
 
 
 def dataset(indices, batch_size, epochs, workers=0, source=None):
-    mesh = sharding.make_mesh(jax.devices()[:2])
     return StreamedDataset(
-        source or Numbers(), np.asarray(indices), batch_size, epochs, mesh, options(workers)
+        source or Numbers(), np.asarray(indices), batch_size, epochs, 1, reader(workers)
     )
 
 
-def resident_images(indices, batch_size, step):
-    """What the resident path trains on at a step."""
+@contextmanager
+def stream(data, step, key=KEY):
+    """The batches of a data set whose feeds have one each."""
+    with data.feeds(key, step) as feeds:
+        yield (feed.batch(0) for _, feed in feeds)
+
+
+def in_memory_images(indices, batch_size, step):
+    """What the in-memory path trains on at a step."""
     steps_per_epoch = len(indices) // batch_size
-    order = epoch_order(KEY, jnp.int32(step // steps_per_epoch), len(indices))
-    images, labels = Numbers().read(np.asarray(indices))
-    placed = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
-    return np.asarray(
-        take_batch(placed, order, jnp.int32(step % steps_per_epoch), batch_size)["image"]
-    )
+    order = np.asarray(epoch_order(KEY, jnp.int32(step // steps_per_epoch), len(indices)))
+    start = step % steps_per_epoch * batch_size
+    return Numbers().read(np.asarray(indices)[order[start : start + batch_size]])[0]
 
 
 @pytest.mark.parametrize(("workers", "step"), [(0, 0), (0, 9), (0, 11), (2, 5)])
-def test_batches_are_those_of_the_resident_path_from_any_step(workers, step, monkeypatch):
+def test_batches_are_those_of_the_in_memory_path_from_any_step(workers, step, monkeypatch):
     """Over the ends of epochs, and of the stretches that workers are told at once."""
     indices, batch_size, epochs = np.arange(3, 47, 2), 4, 4  # 5 steps of 4, and 2 images left over
     if not workers:  # which take seconds to begin anew
         monkeypatch.setattr(streaming, "STRETCH", 2 * len(indices))
     data = dataset(indices, batch_size, epochs, workers)
     readers = set()
-    with data.stream(KEY, step) as batches:
+    with stream(data, step) as batches:
         for batch in batches:
             np.testing.assert_array_equal(
-                batch["image"], resident_images(indices, batch_size, step)
+                batch["image"], in_memory_images(indices, batch_size, step)
             )
             assert {n: (v.dtype, v.shape) for n, v in batch.items()} == {
                 "image": (np.uint8, (4, 2, 3, 3)),
@@ -91,7 +97,7 @@ def test_batches_are_those_of_the_resident_path_from_any_step(workers, step, mon
                 "mask": (bool, (4,)),
             }
             assert batch["mask"].all()
-            assert batch["image"].sharding == sharding.split(data.mesh)
+            assert batch["image"].sharding.is_equivalent_to(sharding.split(data.reader.mesh), 4)
             readers.update(np.asarray(batch["label"]).tolist())
             step += 1
     assert step == 20
@@ -123,8 +129,7 @@ def test_a_process_reads_what_its_devices_hold():
 @pytest.mark.parametrize("count", [1, 8, 11])
 def test_images_to_measure_on_come_in_order_each_once(count):
     indices = np.arange(count) * 2 + 1
-    mesh = sharding.make_mesh(jax.devices()[:2])
-    batched = StreamedBatches(Numbers(), indices, 4, mesh, options())
+    batched = StreamedBatches(Numbers(), indices, 4, reader())
     images, labels = Numbers().read(indices)
     for _ in range(2):  # and again
         found = list(batched)
@@ -135,8 +140,7 @@ def test_images_to_measure_on_come_in_order_each_once(count):
 
 
 def test_nothing_to_measure_on_is_no_batches():
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    batched = StreamedBatches(Numbers(), np.arange(0), 4, mesh, options())
+    batched = StreamedBatches(Numbers(), np.arange(0), 4, reader(devices=1))
     assert not batched
     assert list(batched) == []
 
@@ -144,14 +148,14 @@ def test_nothing_to_measure_on_is_no_batches():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_decoded_ends_it_with_a_sentence(workers):
     data = dataset(range(50), 4, 1, workers, Numbers(damaged=17))
-    with data.stream(KEY, 0) as batches, pytest.raises(InputError) as caught:
+    with stream(data, 0) as batches, pytest.raises(InputError) as caught:
         deque(batches, maxlen=0)
     assert str(caught.value) == "Image 17 of numbers cannot be decoded."
 
 
 def test_a_worker_that_dies_ends_it_with_a_sentence():
     data = dataset(range(50), 4, 1000, workers=1)
-    with data.stream(KEY, 0) as batches:
+    with stream(data, 0) as batches:
         os.kill(int(next(batches)["label"][0]), signal.SIGKILL)
         with pytest.raises(InputError, match=r"A process that reads images died: .* out of memory"):
             deque(batches, maxlen=0)
@@ -164,7 +168,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 if __name__ == "__main__":
     import jax
     import test_streaming as t
-    with t.dataset(range(50), 4, 10**5, workers=1).stream(jax.random.key(0), 0) as data:
+    with t.stream(t.dataset(range(50), 4, 10**5, workers=1), 0) as data:
         print(int(next(data)["label"][0]), flush=True)
         for _ in data:
             time.sleep(0.1)
@@ -207,7 +211,7 @@ def test_memory_is_flat_for_ten_times_the_budget():
     budget = 48 * 2**20
     image_shape = (64, 64, 3)
     source = Numbers(10 * budget // np.prod(image_shape), image_shape)
-    with dataset(range(len(source)), 256, 2, 0, source).stream(KEY, 0) as batches:
+    with stream(dataset(range(len(source)), 256, 2, 0, source), 0) as batches:
         for _ in range(10):
             next(batches)
         before = resident_bytes()
@@ -232,37 +236,37 @@ def test_auto_streams_what_does_not_fit(fraction, tmp_path, monkeypatch):
     """Train alone, then all; what a run is told of the data is the same."""
     mesh = sharding.make_mesh(jax.devices()[:2])
     config = digits(tmp_path, **{"data.validation_fraction": fraction})
-    whole = load_data(config, mesh)
-    assert isinstance(whole.train, ResidentDataset)
+    whole = load_data(validate(config), mesh)
+    assert isinstance(whole.train, InMemoryDataset)
     for limit in (8 * 8 * 3 * 400, 0):
-        monkeypatch.setattr(load, "resident_limit", lambda mesh, limit=limit: limit)
-        partly = load_data(config, mesh)
+        monkeypatch.setattr(load, "memory_limit", lambda mesh, limit=limit: limit)
+        partly = load_data(validate(config), mesh)
         assert isinstance(partly.train, StreamedDataset)
         assert len(partly.validation) == (2 if fraction else 0)
         assert isinstance(partly.validation, StreamedBatches) == (fraction > 0 and limit == 0)
-        assert isinstance(partly.read_test(), StreamedBatches) == (limit == 0)
+        assert isinstance(partly.test(), StreamedBatches) == (limit == 0)
         assert partly.info == whole.info
-        for name in ("validation", "read_test"):
+        for name in ("validation", "test"):
             ours, theirs = (getattr(data, name) for data in (partly, whole))
-            if name == "read_test":
+            if name == "test":
                 ours, theirs = ours(), theirs()
             for one, other in zip(ours, theirs, strict=True):
                 jax.tree.map(np.testing.assert_array_equal, one, other)
     config.data.in_memory = "on"
-    assert isinstance(load_data(config, mesh).train, ResidentDataset)
+    assert isinstance(load_data(validate(config), mesh).train, InMemoryDataset)
 
 
-def test_what_may_be_resident_leaves_room():
+def test_what_may_be_in_memory_leaves_room():
     mesh = sharding.make_mesh()
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < load.resident_limit(mesh) * len(jax.devices()) <= total / 4
+    assert 0 < memory_limit(mesh) * len(jax.devices()) <= total / 4
 
 
 def test_reading_is_ahead_of_its_use():
     """While one batch is in use, the next are read and placed."""
     placed = []
-    batches = Batches(Numbers(), np.arange(40).reshape(10, 4))
-    with read_ahead(batches, lambda batch: placed.append(0), workers=0, ahead=1) as stream:
+    batches = BatchReader(Numbers(), np.arange(40).reshape(10, 4))
+    with prefetched(batches, lambda batch: placed.append(0), workers=0, ahead=1) as stream:
         next(stream)
         deadline = time.monotonic() + 60
         while len(placed) < 3 and time.monotonic() < deadline:
@@ -270,17 +274,23 @@ def test_reading_is_ahead_of_its_use():
         assert 3 <= len(placed) <= 4  # the one in use, two that wait, one in hand
 
 
-def test_both_ways_feed_the_same_batches_whatever_the_step(tmp_path):
-    """The resident one is asked at any step, as after a restart; the streamed one in turn."""
+@pytest.mark.parametrize("several", [1, 2])
+def test_both_ways_feed_the_same_batches_from_any_step(tmp_path, several):
     mesh = sharding.make_mesh(jax.devices()[:2])
-    config = digits(tmp_path, **{"train.batch_size": 512, "train.epochs": 2})
-    one = load_data(config, mesh).train
+    config = digits(
+        tmp_path,
+        **{"train.batch_size": 256, "train.epochs": 2, "train.steps_per_dispatch": several},
+    )
+    one = load_data(validate(config), mesh).train
     config.data.in_memory = "off"
-    other = load_data(config, mesh).train
-    per_epoch = one.arrays["label"].size // 512
-    with one.feed(KEY, 1) as arrays, other.feed(KEY, 1) as stream:
-        for step in range(1, 2 * per_epoch):
-            drawn = arrays(step)
-            assert drawn["order"].sharding.is_fully_replicated
-            ours = take_batch(drawn, drawn["order"], step % per_epoch, 512)
-            jax.tree.map(np.testing.assert_array_equal, ours, next(stream(step)))
+    other = load_data(validate(config), mesh).train
+    ends = []
+    with one.feeds(KEY, 1) as arrays, other.feeds(KEY, 1) as streamed:
+        for (end, ours), (same_end, theirs) in zip(arrays, streamed, strict=True):
+            ends.append(end)
+            assert same_end == end
+            assert ours.num_steps == theirs.num_steps
+            assert ours.rows.sharding.is_fully_replicated
+            for i in range(ours.num_steps):
+                jax.tree.map(np.testing.assert_array_equal, ours.batch(i), theirs.batch(i))
+    assert ends == ([2, 4, 5, 7, 9, 10] if several == 2 else list(range(2, 11)))

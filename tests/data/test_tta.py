@@ -2,17 +2,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax.config import default_config
 from alexnet_jax.data.augment import create_normalize
-from alexnet_jax.data.tta import VIEWS
-from alexnet_jax.data.tta import create_views as create
+from alexnet_jax.data.options import AugmentConfig
+from alexnet_jax.data.tta import create_tta
+
+NAMES = ("flip", "flip_translate", "ten_crop")
 
 
-def create_views(name, padding=4, **changes):
-    config = default_config()
-    config.eval.tta, config.augment.crop_padding = name, padding
-    config.update_from_flattened_dict(changes)
-    return create(config)
+def create(name, padding=4, crop_size=0, **options):
+    return create_tta(name, AugmentConfig(crop_padding=padding, **options), crop_size)
 
 
 def images(size=8):
@@ -44,11 +42,11 @@ def expected_views(name, pixels):
     return [(weight, view[:, :, :: 1 - 2 * flip]) for weight, view in views for flip in (0, 1)]
 
 
-@pytest.mark.parametrize("name", VIEWS[1:])
+@pytest.mark.parametrize("name", NAMES)
 def test_views_and_their_average(name):
     pixels = images()
-    views = create_views(name, padding=2)
-    seen = np.asarray(views.take(jnp.asarray(pixels)))
+    tta = create(name, padding=2)
+    seen = np.asarray(tta.views(jnp.asarray(pixels)))
     expected = expected_views(name, pixels)
     assert seen.dtype == np.uint8
     assert len(seen) == len(expected)
@@ -56,7 +54,7 @@ def test_views_and_their_average(name):
         np.testing.assert_array_equal(ours, theirs)
     logits = np.random.default_rng(1).normal(size=(len(seen), 3, 5)).astype(np.float32)
     weights = np.array([weight for weight, _ in expected]).reshape(-1, 1, 1)
-    ours = np.asarray(views.combine(jnp.asarray(logits)))
+    ours = np.asarray(tta.combine(jnp.asarray(logits)))
     if name == "ten_crop":  # the probabilities are averaged
         probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         np.testing.assert_allclose(np.exp(ours), (weights * probabilities).sum(0), rtol=1e-5)
@@ -64,7 +62,7 @@ def test_views_and_their_average(name):
         np.testing.assert_allclose(ours, (weights * logits).sum(0), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", VIEWS[1:])
+@pytest.mark.parametrize("name", NAMES)
 def test_views_of_a_part_of_the_image(name):
     """With an odd margin: the middle 6 of 9 pixels begin at the second, also of mirror images."""
     pixels = images(9)
@@ -76,18 +74,18 @@ def test_views_of_a_part_of_the_image(name):
         moved = [(1, 1), (0, 0), (2, 2)][: 1 if name == "flip" else 3]
         seen = [border[:, y + 1 : y + 7, x + 1 : x + 7] for y, x in moved]
     expected = [view for each in seen for view in (each, each[:, :, ::-1])]
-    views = create_views(name, **{"data.crop_size": 6})
+    tta = create(name, crop_size=6)
     normalize = create_normalize((0.0,) * 3, (1 / 255,) * 3, 6)
-    for ours, theirs in zip(views.take(jnp.asarray(pixels)), expected, strict=True):
+    for ours, theirs in zip(tta.views(jnp.asarray(pixels)), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
         np.testing.assert_allclose(normalize(ours), theirs, rtol=1e-6)
 
 
 def test_the_border_is_that_of_training():
-    views = create_views("ten_crop", padding=2, **{"augment.pad_mode": "constant"})
-    seen = np.asarray(views.take(jnp.full((1, 8, 8, 3), 255, jnp.uint8)))
+    tta = create("ten_crop", padding=2, pad_mode="constant")
+    seen = np.asarray(tta.views(jnp.full((1, 8, 8, 3), 255, jnp.uint8)))
     assert seen.reshape(10, -1).min(axis=1).tolist() == [0] * 8 + [255] * 2
 
 
 def test_none_is_no_view():
-    assert create_views("none") is None
+    assert create("none") is None

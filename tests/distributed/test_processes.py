@@ -17,7 +17,6 @@ from alexnet_jax.distributed import collectives, sharding
 from alexnet_jax.distributed.initialize import ProcessFlags, initialize_arguments
 from alexnet_jax.errors import EXIT_LOST, InputError
 from alexnet_jax.run import directory, writers
-from alexnet_jax.train import train_and_evaluate
 
 pytestmark = [
     # Orbax and TensorStore leave their event loops to the garbage collector.
@@ -217,7 +216,7 @@ def test_two_processes_train_stop_die_and_go_on_as_one(tmp_path, monkeypatch):
     config.update_from_flattened_dict(OPTIONS | {"data.data_dir": str(data_dir)})
     monkeypatch.setattr(sharding, "make_mesh", lambda: MAKE_MESH(jax.devices()[:1]))
     monkeypatch.setattr(train, "_make_report", lambda folder: None)  # has its own tests
-    train_and_evaluate(config, alone)
+    train.run(config, alone)
     arguments = ["--config=configs/digits.py", f"--workdir={many}"]
     arguments += [f"--config.{key}={value}" for key, value in OPTIONS.items()]
     arguments += [f"--config.data.data_dir={data_dir}"]
@@ -242,7 +241,7 @@ def test_two_processes_train_stop_die_and_go_on_as_one(tmp_path, monkeypatch):
     assert "Traceback" not in ended[0][1]
 
     # What two processes have saved goes on in one, with another number of devices.
-    train_and_evaluate(config, many)
+    train.run(config, many)
     log = (many / "log.txt").read_text()
     assert "on 4 cpu devices of 2 processes." in log
     assert "on 1 cpu device." in log

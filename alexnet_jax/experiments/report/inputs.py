@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from alexnet_jax.data.augment import Augment, centre
+from alexnet_jax.data.augment import Augment, Keys, center_crop
 from alexnet_jax.environment import package_versions
 from alexnet_jax.run import directory, files
 
@@ -46,7 +46,7 @@ class Predictions:
         self._pending: Mapping[str, Any] | None = None
 
     def add(self, batch: Mapping[str, Any]) -> None:
-        """Adds what `steps.judge_step` returns; waits only for the batch before."""
+        """Adds what `steps.eval_step_with_predictions` returns; waits only for the batch before."""
         self._fetch()
         self._pending = batch
 
@@ -92,11 +92,16 @@ def _shrink(image: np.ndarray) -> np.ndarray:
 
 def augmented(images: np.ndarray, augment: Augment, seed: int) -> Arrays:
     """Returns `samples` uint8[versions, n, h, w, C]: the images, then their augmentations."""
+    epoch, labels = jnp.int32(0), jnp.zeros(len(images), jnp.int32)
+
+    def change(key: jax.Array) -> jax.Array:
+        return augment(Keys(step=key, run=key), epoch, jnp.asarray(images), labels)[0]
+
     keys = jax.random.split(jax.random.key(seed), _AUGMENTED)
-    changed = jax.device_get(jax.jit(jax.vmap(augment, in_axes=(0, None)))(keys, images))
+    changed = jax.device_get(jax.jit(jax.vmap(change))(keys))
     changed = np.clip(np.round(changed), 0, 255).astype(np.uint8)  # colors may leave the range
     if images.shape != changed.shape[1:]:  # augmentation crops
-        images = np.asarray(centre(jnp.asarray(images), changed.shape[2]))
+        images = np.asarray(center_crop(jnp.asarray(images), changed.shape[2]))
     rows = [images, *changed]
     return {"samples": np.stack([[_shrink(image) for image in row] for row in rows])}
 

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from alexnet_jax.config import default_config, flatten
-from alexnet_jax.distributed.replicas import show_accuracy
 from alexnet_jax.errors import InputError
 from alexnet_jax.experiments.report import statistics
+from alexnet_jax.metrics import format_accuracy
 from alexnet_jax.plots import classes, curves, images, style
 from alexnet_jax.run import directory, files
 from alexnet_jax.run.writers import duration, read_metrics
@@ -228,7 +228,7 @@ def _write_page(path: Path, template: str, context: dict[str, Any]) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for function in (compact, data_uri, duration, np.median, percent, show, show_accuracy):
+    for function in (compact, data_uri, duration, np.median, percent, show, format_accuracy):
         environment.filters[function.__name__] = function
     page = environment.get_template(template).render(context, svg=svg)
     files.write_text(path, page)

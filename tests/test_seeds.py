@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from trained_run import records, saved, stopped_at
 
-from alexnet_jax import models, state, train
-from alexnet_jax.config import default_config
-from alexnet_jax.distributed import replicas, sharding
+from alexnet_jax import seeds, train, trainer
+from alexnet_jax.config import default_config, validate
+from alexnet_jax.data import in_memory
+from alexnet_jax.data.load import load_data
+from alexnet_jax.distributed import sharding
 from alexnet_jax.errors import Diverged, InputError, Interrupted
-from alexnet_jax.optim import optimizers
-from alexnet_jax.train import train_and_evaluate
+from alexnet_jax.optim.optimizers import plateau_factor
 
 pytestmark = [
     pytest.mark.usefixtures("quick_runs"),
@@ -21,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-MAKE_MESH, ON_CPU = sharding.make_mesh, sharding.on_cpu
+MAKE_MESH = sharding.make_mesh
 SEEDS = (5, 6)
 LAST = 8  # step
 
@@ -55,7 +56,7 @@ def tiny_config(data_dir, seed=SEEDS[0], num_seeds=2):
 @pytest.fixture(scope="module")
 def both(data_dir, tmp_path_factory, quick_runs):
     folder = tmp_path_factory.mktemp("runs") / "both"
-    return folder, train_and_evaluate(tiny_config(data_dir), folder)
+    return folder, train.run(tiny_config(data_dir), folder)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def alone(data_dir, tmp_path_factory, quick_runs):
     """A run of its own for each seed."""
     folders = [tmp_path_factory.mktemp("runs") / str(seed) for seed in SEEDS]
     return [
-        (folder, train_and_evaluate(tiny_config(data_dir, seed, 1), folder))
+        (folder, train.run(tiny_config(data_dir, seed, 1), folder))
         for seed, folder in zip(SEEDS, folders, strict=True)
     ]
 
@@ -71,7 +72,7 @@ def alone(data_dir, tmp_path_factory, quick_runs):
 def test_each_replica_is_bit_equal_to_its_own_run(both, alone):
     together = saved(both[0], LAST)
     for index, (folder, _) in enumerate(alone):
-        ours, theirs = jax.tree.leaves(replicas.pick(together, index)), saved(folder, LAST)
+        ours, theirs = jax.tree.leaves(seeds.pick(together, index)), saved(folder, LAST)
         for array, its_twin in zip(ours, jax.tree.leaves(theirs), strict=True):
             np.testing.assert_array_equal(array, its_twin)
     first, second = (saved(folder, LAST)["params"]["conv1"]["kernel"] for folder, _ in alone)
@@ -107,10 +108,10 @@ def test_figures_are_mean_deviation_and_each(both, alone):
 def test_stopped_and_resumed_is_bit_equal(both, data_dir, tmp_path, monkeypatch):
     config = tiny_config(data_dir)
     with stopped_at(2), pytest.raises(Interrupted) as stop:
-        train_and_evaluate(config, tmp_path / "run")
+        train.run(config, tmp_path / "run")
     assert stop.value.step % 4
     monkeypatch.setattr(sharding, "make_mesh", lambda: MAKE_MESH(jax.devices()[:2]))
-    train_and_evaluate(config, tmp_path / "run")
+    train.run(config, tmp_path / "run")
     ours, theirs = saved(tmp_path / "run", LAST), saved(both[0], LAST)
     for array, its_twin in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
         np.testing.assert_array_equal(array, its_twin)
@@ -123,59 +124,48 @@ def test_at_once_is_equal_to_rounding(alone, data_dir, tmp_path, monkeypatch, de
     mesh = MAKE_MESH(jax.devices()[:devices])
     monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
     monkeypatch.setattr(sharding, "on_cpu", lambda mesh: False)
-    monkeypatch.setattr(train, "ACCELERATOR_STEPS_PER_DISPATCH", 2)
-    compiled, shards = replicas.compile_update, []
+    monkeypatch.setattr(in_memory, "ACCELERATOR_STEPS_PER_DISPATCH", 2)
+    shards = []
 
-    def watched(*arguments, **options):
-        update = compiled(*arguments, **options)
+    def look(info):
+        kernel = info.state.params["fc1"]["kernel"]
+        shards.append(kernel.sharding.shard_shape(kernel.shape))
 
-        def updating(states, feed):
-            states, metrics = update(states, feed)
-            shards.append(states.params["fc1"]["kernel"].sharding.shard_shape((2, 128, 16)))
-            return states, metrics
-
-        return updating
-
-    monkeypatch.setattr(replicas, "compile_update", watched)
-    config = tiny_config(data_dir)
-    train_and_evaluate(config, tmp_path / "run")
+    train.run(tiny_config(data_dir), tmp_path / "run", hooks=[look])
     assert shards[-1] == ((1 if devices == 2 else 2), 128, 16)
     together = saved(tmp_path / "run", LAST)
     for index, (folder, _) in enumerate(alone):
-        ours, theirs = replicas.pick(together["params"], index), saved(folder, LAST)["params"]
+        ours, theirs = seeds.pick(together["params"], index), saved(folder, LAST)["params"]
         for array, its_twin in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
             difference = np.linalg.norm(np.asarray(array) - np.asarray(its_twin))
             assert difference <= 1e-3 * np.linalg.norm(np.asarray(its_twin)) + 1e-6
 
 
 def test_a_diverging_replica_is_named(data_dir, tmp_path, monkeypatch):
+    def break_one(info):
+        if info.step == 1:
+            bias = info.state.params["fc1"]["bias"].at[1].set(np.nan)
+            params = info.state.params | {"fc1": info.state.params["fc1"] | {"bias": bias}}
+            info.state = info.state.replace(params=params)
+
+    with pytest.raises(Diverged, match=r"the loss of seed 6 is nan at step 2,"):
+        train.run(tiny_config(data_dir), tmp_path / "loss", hooks=[break_one])
+
     config = tiny_config(data_dir)
-    create = replicas.create
-
-    def create_with_one_broken(create_one, seeds):
-        states = create(create_one, seeds)
-        bias = states.params["fc1"]["bias"].at[1].set(np.nan)
-        return states.replace(params=states.params | {"fc1": states.params["fc1"] | {"bias": bias}})
-
-    monkeypatch.setattr(replicas, "create", create_with_one_broken)
-    with pytest.raises(Diverged, match=r"the loss of seed 6 is nan at step 1,"):
-        train_and_evaluate(config, tmp_path / "run")
+    config.checkpoint.every_seconds = 1e-6
+    with pytest.raises(Diverged, match=r"params/fc1/bias of seed 6 is not finite at step 1,"):
+        train.run(config, tmp_path / "state", hooks=[break_one])
 
 
 def test_the_log_says_mean_and_deviation(both, alone):
     values = [result["test_ema"]["accuracy"] for _, result in alone]
     deviation = abs(values[0] - values[1]) / 2**0.5
     said = (both[0] / "log.txt").read_text()
-    assert "2 seeds from 5 on, in turn." in said
+    assert "Training 2 seeds from 5 on, sequentially." in said
     assert re.search(
-        rf"test_ema .* accuracy {100 * np.mean(values):.2f}% \(deviation {100 * deviation:.2f}\)",
+        rf"test_ema .* accuracy {100 * np.mean(values):.2f}% \(std {100 * deviation:.2f}\)",
         said,
     )
-
-
-def test_what_is_not_finite_names_its_seeds():
-    assert replicas.not_finite([1.0, np.nan, np.inf], 7) == " of seeds 8, 9"
-    assert replicas.not_finite(np.nan, 7) == ""
 
 
 def test_many_seeds_of_streamed_images_are_refused(data_dir, tmp_path):
@@ -183,13 +173,12 @@ def test_many_seeds_of_streamed_images_are_refused(data_dir, tmp_path):
     config.data.in_memory = "off"
     config.data.workers = 0
     with pytest.raises(InputError, match=r"config\.num_seeds is 2, and the images are streamed"):
-        train_and_evaluate(config, tmp_path / "run")
+        train.run(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("seed", [0, 2**31 + 3])
 def test_a_traced_seed_gives_the_same_key(seed):
-    numbers = replicas.seeds(seed, 2)
-    keys = jax.lax.map(jax.random.key, numbers)
+    keys = jax.lax.map(jax.random.key, np.array(seeds.numbers(seed, 2), np.uint32))
     for index in range(2):
         np.testing.assert_array_equal(
             jax.random.key_data(keys[index]), jax.random.key_data(jax.random.key(seed + index))
@@ -199,15 +188,12 @@ def test_a_traced_seed_gives_the_same_key(seed):
 def test_each_replica_has_a_plateau_of_its_own(data_dir):
     config = tiny_config(data_dir)
     config.optimizer.update({"schedule": "plateau", "plateau_patience": 1, "step_factor": 0.5})
-    model = models.create_model(config.model, num_classes=10)
-    optimizer = optimizers.create_optimizer(config.optimizer, lambda _: 0.1)
     mesh = sharding.make_mesh()
-    states = replicas.create(
-        lambda seed: state.create_state(model, optimizer, image_shape=(8, 8, 3), seed=seed),
-        replicas.seeds(SEEDS[0], 2),
-    )
-    validated = train._compile_validated(config, sharding.replicated(mesh))
+    config = validate(config)
+    made = trainer.Trainer.create(config, load_data(config, mesh), mesh)
+    states = made.init({})
     for accuracies in ([0.5, 0.5], [0.6, 0.4]):  # the second no longer improves
-        states = validated(states, np.array(accuracies, np.float32))
-    factors = [optimizers.plateau_factor(replicas.pick(states.opt_state, i)) for i in (0, 1)]
+        states = made.after_validation(states, np.array(accuracies, np.float32))
+    factors = [plateau_factor(made.pick(states, i).opt_state) for i in (0, 1)]
     assert factors == [1.0, 0.5]
+    assert made.learning_rate(states, 1) == pytest.approx(0.75 * 1e-2)

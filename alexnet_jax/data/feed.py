@@ -1,0 +1,88 @@
+"""What one compiled call of K training steps takes: batches from memory, or from a stream.
+
+Both kinds answer `batch(i)` inside of jit, so that `steps.train_steps` needs to know only one.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from alexnet_jax.data.sampling import Batch
+
+
+class Feed(Protocol):
+    """K batches, as a pytree."""
+
+    @property
+    def num_steps(self) -> int:
+        """K."""
+
+    def batch(self, i: Array | int) -> Batch:
+        """Returns the i-th batch, counted from 0."""
+
+
+class InMemoryFeed(flax.struct.PyTreeNode):
+    """Batches gathered from a data set that is on the device.
+
+    Attributes:
+        image: uint8[N, H, W, C].
+        label: int32[N].
+        rows: int32[K, B], which images make each batch; int32[R, K, B] for R replicas.
+    """
+
+    image: Array
+    label: Array
+    rows: Array
+
+    @property
+    def num_steps(self) -> int:
+        """K."""
+        return self.rows.shape[-2]
+
+    def batch(self, i: Array | int) -> Batch:
+        """Gathers the i-th batch."""
+        rows = self.rows[i]
+        return {
+            "image": self.image[rows],
+            "label": self.label[rows],
+            "mask": jnp.ones(rows.shape, bool),
+        }
+
+
+class StreamedFeed(flax.struct.PyTreeNode):
+    """Batches that were read while the device computed.
+
+    Attributes:
+        batches: image uint8[K, B, H, W, C], label int32[K, B], mask bool[K, B].
+    """
+
+    batches: Batch
+
+    @property
+    def num_steps(self) -> int:
+        """K."""
+        return self.batches["label"].shape[0]
+
+    def batch(self, i: Array | int) -> Batch:
+        """Returns the i-th batch."""
+        return jax.tree.map(lambda x: x[i], self.batches)
+
+
+def dispatches(
+    step: int, last_step: int, steps_per_epoch: int, steps_per_dispatch: int
+) -> Iterator[tuple[int, int]]:
+    """Yields the first step of each compiled call and the number of its steps.
+
+    A call never reaches into the next epoch, and calls end at the same steps whether or not the run
+    was interrupted.
+    """
+    while step < last_step:
+        position = step % steps_per_epoch
+        to_boundary = steps_per_dispatch - position % steps_per_dispatch
+        count = min(to_boundary, steps_per_epoch - position)
+        yield step, count
+        step += count
