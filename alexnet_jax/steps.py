@@ -273,7 +273,7 @@ def train_steps(
     def body(state: TrainState, i: Array | int) -> tuple[TrainState, TrainMetrics]:
         return step_fn(state, constrain(feed.batch(i)))
 
-    if not unroll:
+    if not unroll and feed.num_steps > 1:
         state, metrics = jax.lax.scan(body, state, jnp.arange(feed.num_steps))
         return state, metrics.reduce()
     state, metrics = body(state, 0)

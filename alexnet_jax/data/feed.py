@@ -57,19 +57,21 @@ class StreamedFeed(flax.struct.PyTreeNode):
     """Batches that were read while the device computed.
 
     Attributes:
-        batches: image uint8[K, B, H, W, C], label int32[K, B], mask bool[K, B].
+        batches: K times image uint8[B, H, W, C], label int32[B], mask bool[B].
     """
 
-    batches: Batch
+    batches: tuple[Batch, ...]
 
     @property
     def num_steps(self) -> int:
         """K."""
-        return self.batches["label"].shape[0]
+        return len(self.batches)
 
     def batch(self, i: Array | int) -> Batch:
         """Returns the i-th batch."""
-        return jax.tree.map(lambda x: x[i], self.batches)
+        if isinstance(i, int):
+            return self.batches[i]
+        return jax.tree.map(lambda *x: jnp.stack(x)[i], *self.batches)
 
 
 def dispatches(

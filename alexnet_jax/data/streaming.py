@@ -110,12 +110,8 @@ class StreamedDataset:
     def _feeds(self, batches: Iterator[Batch], step: int) -> Iterator[tuple[int, StreamedFeed]]:
         steps_per_epoch = len(self.indices) // self.batch_size
         last_step = self.epochs * steps_per_epoch
-        stack = jax.jit(
-            lambda *batches: jax.tree.map(lambda *x: jnp.stack(x), *batches),
-            out_shardings=sharding.split(self.reader.mesh, dimension=1),
-        )
         for first, count in dispatches(step, last_step, steps_per_epoch, self.steps_per_dispatch):
-            yield first + count, StreamedFeed(stack(*islice(batches, count)))
+            yield first + count, StreamedFeed(tuple(islice(batches, count)))
 
     def _batches(self, key: Array, step: int) -> Generator[Batch]:
         steps_per_epoch = len(self.indices) // self.batch_size
