@@ -1,14 +1,12 @@
 """A run from its config to its results: load, restore, train, evaluate, report."""
 
 import logging
-import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,9 +18,8 @@ from alexnet_jax.data.load import RunData, load_data
 from alexnet_jax.distributed import collectives, sharding, watchdog
 from alexnet_jax.distributed.preemption import stop_requests
 from alexnet_jax.environment import package_versions
-from alexnet_jax.errors import InputError, Interrupted, SaveFailed
-from alexnet_jax.experiments import report
-from alexnet_jax.experiments.report import inputs
+from alexnet_jax.errors import Interrupted
+from alexnet_jax.experiments.report import finish, inputs
 from alexnet_jax.hooks import (
     Hook,
     LogMetrics,
@@ -32,12 +29,10 @@ from alexnet_jax.hooks import (
     call_hooks,
     restore_hook_states,
 )
-from alexnet_jax.metrics import format_accuracy
 from alexnet_jax.models import Description, describe
 from alexnet_jax.optim.optimizers import muon_share
-from alexnet_jax.run import directory
 from alexnet_jax.run.directory import RunDirectory
-from alexnet_jax.run.writers import METRICS, MetricWriter, duration, read_metrics
+from alexnet_jax.run.writers import MetricWriter
 from alexnet_jax.state import TrainState
 from alexnet_jax.steps import order_key
 from alexnet_jax.trainer import Trainer, restore_or_init
@@ -85,8 +80,8 @@ def run(
             log.info("This run is finished; nothing is left to do.")
         results = folder.results
         assert results is not None
-        folder.write(_make_report)
-        folder.write(log_results, results)
+        folder.write(finish.make_report)
+        folder.write(finish.log_results, results)
         return results
 
 
@@ -138,7 +133,7 @@ def _train(
         results = {"flops": network.flops, "best_step": checkpoints.best_step}
         if not preempted:
             results |= _evaluate(config, trainer, data, state, writer, folder, mesh)
-    folder.write(_plot_curves, config)
+    folder.write(finish.plot_curves)
     if preempted:
         raise Interrupted(state.steps_taken)
     return results
@@ -206,52 +201,3 @@ def _evaluate(
         seed=config.seed,
     )
     return results | evaluated
-
-
-def _plot_curves(folder: Path, config: Config) -> None:
-    from alexnet_jax.experiments.report.page import plot_curves  # 0.5 s of Matplotlib
-
-    title = f"{config.model.name} on {config.data.name}: {folder.name}"
-    plot_curves(read_metrics(folder / METRICS), folder / "curves.png", title)
-
-
-def _make_report(folder: Path) -> None:
-    """Makes the report of a finished run that has none; the results are safe whatever happens."""
-    if (folder / directory.REPORT).exists():
-        return
-    log.info("Making the report.")
-    try:
-        from alexnet_jax.experiments.report import page  # 0.5 s of Matplotlib
-
-        page.write_report(folder)
-    except (InputError, SaveFailed):
-        raise
-    except Exception as error:
-        log.warning(
-            "The report could not be made (%s: %s); the results are safe, and "
-            "`alexnet-jax report %s` tries again.",
-            type(error).__name__,
-            error,
-            shlex.quote(str(folder)),
-        )
-
-
-def log_results(folder: Path, results: dict[str, Any]) -> None:
-    """Logs how good the network is, on what, and where everything is."""
-    names = directory.read_dataset(folder)["class_names"]
-    split = report.reported_split(results)
-    table = report.class_table(np.array(results[split]["confusion"]), tuple(names))
-    which = "Test" if split.startswith("test") else "Validation"
-    log.info("\n%s set, class by class:\n%s\n", which, table)
-    for split in directory.SPLITS:
-        if split in results:
-            accuracy = format_accuracy(results[split])
-            log.info("%-18s loss %.4f  accuracy %s", split, results[split]["loss"], accuracy)
-    log.info(
-        "\n%s steps, %d epochs, %s of training. Everything is in %s:\n"
-        "  report.html (open it in a browser), figures/, results.json, metrics.jsonl, checkpoints/",
-        f"{results['step']:,}",
-        results["epochs"],
-        duration(results["train_seconds"]),
-        folder,
-    )

@@ -25,7 +25,7 @@ from alexnet_jax.data.options import AugmentConfig
 from alexnet_jax.data.source import Source, load_source
 from alexnet_jax.distributed import sharding
 from alexnet_jax.errors import Diverged, InputError, Interrupted
-from alexnet_jax.experiments.report import inputs, page
+from alexnet_jax.experiments.report import finish, inputs, page
 from alexnet_jax.inference import predictor
 from alexnet_jax.inference.evaluate import evaluate_network
 from alexnet_jax.plots import style
@@ -547,7 +547,7 @@ def test_the_log_and_the_report_tell_of_the_same_answers(tmp_path, caplog):
         confusion = [[right, 4 - right], [0, 4]]
         results[split] = {"loss": 0.5, "accuracy": (4 + right) / 8, "confusion": confusion}
     with caplog.at_level("INFO", "alexnet_jax"):
-        train.log_results(tmp_path, results)
+        finish.log_results(tmp_path, results)
     assert "75.0%" in caplog.text
 
 
