@@ -1,7 +1,9 @@
 """Hooks of a person's own: called when they are due, exact on resume, and able to end a run."""
 
 import os
+import re
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -37,21 +39,23 @@ def config(tmp_path_factory):
     return config
 
 
-class EarlyStopping:
-    """The example of `alexnet_jax.hooks`; it also notes when it was called."""
+def early_stopping(patience):
+    """The example of docs/hooks.md; it also notes what it sees."""
+    text = (Path(__file__).parents[1] / "docs" / "hooks.md").read_text()
+    example = re.search(r"class EarlyStopping:.*?(?=\n\n\n)", text, re.DOTALL)[0]
+    names = {}
+    exec(example, names)
 
-    every = "epoch"
+    class Noting(names["EarlyStopping"]):
+        def __init__(self):
+            super().__init__(patience)
+            self.state |= {"best": 2.0, "seen": []}  # so that nothing is better
 
-    def __init__(self, patience):
-        self.patience, self.state = patience, {"best": 2.0, "epochs": 0, "seen": []}
+        def __call__(self, info):
+            super().__call__(info)
+            self.state["seen"].append([info.step, info.validation["accuracy"]])
 
-    def __call__(self, info):
-        accuracy = info.validation["accuracy"]
-        better = accuracy > self.state["best"]
-        self.state["epochs"] = 0 if better else self.state["epochs"] + 1
-        self.state["best"] = max(accuracy, self.state["best"])
-        self.state["seen"].append([info.step, accuracy])
-        info.stop = self.state["epochs"] >= self.patience
+    return Noting()
 
 
 class Every:
@@ -88,15 +92,15 @@ def test_hooks_are_called_when_they_are_due(config, tmp_path, dispatch):
 
 
 def test_a_hook_ends_a_run_early_and_is_exact_on_resume(config, tmp_path):
-    whole = EarlyStopping(patience=3)
+    whole = early_stopping(3)
     results = train.run(config, tmp_path / "whole", hooks=[whole])
     assert results["step"] == 15
     assert [step for step, _ in whole.state["seen"]] == [5, 10, 15]
     assert (tmp_path / "whole" / "results.json").exists()
 
     with pytest.raises(Interrupted):
-        train.run(config, tmp_path / "run", hooks=[EarlyStopping(patience=3), StopAt(7)])
-    resumed = EarlyStopping(patience=3)
+        train.run(config, tmp_path / "run", hooks=[early_stopping(3), StopAt(7)])
+    resumed = early_stopping(3)
     train.run(config, tmp_path / "run", hooks=[resumed])
     assert resumed.state == whole.state
     arrays = (jax.tree.leaves(saved(tmp_path / name, 15)) for name in ("whole", "run"))
@@ -105,7 +109,7 @@ def test_a_hook_ends_a_run_early_and_is_exact_on_resume(config, tmp_path):
 
 
 def test_a_run_that_a_hook_has_ended_is_not_trained_further(config, tmp_path):
-    train.run(config, tmp_path / "run", hooks=[EarlyStopping(patience=1)])
+    train.run(config, tmp_path / "run", hooks=[early_stopping(1)])
     (tmp_path / "run" / "results.json").unlink()  # as if it had been killed before
     assert train.run(config, tmp_path / "run")["step"] == 5
 
