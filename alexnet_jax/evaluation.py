@@ -24,14 +24,9 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Evaluates networks on every image, which is read once for all of them.
 
-    Args:
-        functions: By name, `steps.eval_step`, compiled, with all but the batch given.
-        batches: With masks.
-
     Returns:
-        By the same names: mean `loss` and `accuracy` over the images, and `confusion`
-        int32[classes, classes], or of R replicas with a first dimension of these. Nothing if there
-        are no batches.
+        By the names of the functions: mean `loss` and `accuracy` over the images, and `confusion`
+        int32[classes, classes]; of R replicas with a first dimension R. {} without batches.
     """
     totals: dict[str, EvalMetrics] = {}
     for batch in batches:
@@ -48,10 +43,7 @@ def by_name(
 ) -> dict[str, Evaluate]:
     """Names what is evaluated on a split: the weights, and their average if it is kept.
 
-    Args:
-        evals: `steps.eval_step`, compiled, by suffix: "" and "_tta".
-        state: Whose weights are evaluated.
-        split: What the names begin with.
+    `evals` are those of `Trainer.eval`.
     """
     versions = {"": state} | ({"_ema": state.averaged()} if state.ema else {})
     return {
@@ -81,13 +73,9 @@ def evaluate_at_end(
 ) -> dict[str, dict[str, Any]]:
     """Evaluates the trained network on the validation and the test images.
 
-    Args:
-        trainer: Of the run.
-        state: Of its end.
-        data: Of the run.
-        keep_predictions: Called with what `steps.eval_step_with_predictions` keeps of each batch of
-            the test set, or of the validation images where the run has no test set; of the averaged
-            weights where they are kept, and of the first seed.
+    `keep_predictions` is called with what `steps.eval_step_with_predictions` keeps of each batch of
+    the test set, or of the validation images where the run has no test set; of the averaged weights
+    where they are kept, and of the first seed.
 
     Returns:
         By name of the split, what `metrics.summarize` makes of loss and accuracy, and the confusion

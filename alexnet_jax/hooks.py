@@ -1,25 +1,9 @@
 """What happens between the steps of a run: log, validate, save, stop.
 
-A hook is a function of a `StepInfo`, called after each compiled call of some steps. An attribute
-`every` makes it rarer: so many steps, or "epoch". An attribute `state`, a dictionary of JSON, is
-saved with each checkpoint and restored on resume, so that a hook can be exact, too:
-
-    class EarlyStopping:
-        every = "epoch"
-
-        def __init__(self, patience):
-            self.patience, self.state = patience, {"best": 0.0, "epochs": 0}
-
-        def __call__(self, info):
-            accuracy = info.validation["accuracy"]
-            better = accuracy > self.state["best"]
-            self.state["epochs"] = 0 if better else self.state["epochs"] + 1
-            self.state["best"] = max(accuracy, self.state["best"])
-            info.stop = self.state["epochs"] >= self.patience
-
-    train.run(config, "runs/mine", hooks=[EarlyStopping(patience=3)])
-
-All processes of a run call their hooks alike, and must decide alike.
+A hook is a function of a `StepInfo`, called after each compiled call of some steps; an attribute
+`every` (steps, or "epoch") makes it rarer. An attribute `state`, a dictionary of JSON, is saved
+with each checkpoint and restored on resume. docs/hooks.md has an example. All processes of a run
+call their hooks alike, and must decide alike.
 """
 
 import dataclasses

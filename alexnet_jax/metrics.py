@@ -75,14 +75,7 @@ def over_devices(collection: metrics.Collection, axis_name: str | None) -> metri
 
 
 def compute(collection: metrics.Collection) -> dict[str, np.ndarray]:
-    """Computes metrics on the host.
-
-    Args:
-        collection: Of one run; or of R replicas, whose arrays have one more dimension, the first.
-
-    Returns:
-        Each value by name; those of replicas with a first dimension R.
-    """
+    """Computes metrics on the host; of R replicas each with a first dimension R."""
     collection = jax.device_get(collection)
     shape = np.shape(collection.loss.total)
     if not shape:
@@ -93,14 +86,10 @@ def compute(collection: metrics.Collection) -> dict[str, np.ndarray]:
 
 
 def summarize(values: dict[str, Any]) -> dict[str, Any]:
-    """Turns scalars into numbers of JSON.
+    """Turns float[] into numbers of JSON.
 
-    Args:
-        values: By name, float[], or float[R] of replicas.
-
-    Returns:
-        Each number; of replicas the mean, the standard deviation of a sample (over R - 1) as
-        "NAME_deviation", and the list as "NAME_each".
+    Of replicas, float[R], the number is the mean; "NAME_deviation" is the standard deviation of a
+    sample (over R - 1), "NAME_each" the list.
     """
     found: dict[str, Any] = {}
     for name, value in values.items():

@@ -71,15 +71,7 @@ class Option:
         return f"{self.help} ({allowed})" if allowed else self.help
 
     def validate(self, key: str, value: Any) -> None:
-        """Rejects a value of another type or out of range.
-
-        Args:
-            key: "section.name", for the message.
-            value: An int may stand for a float.
-
-        Raises:
-            InputError: Names the option, its value, and what would be right.
-        """
+        """Raises InputError for a value of another type or out of range; an int may be a float."""
         _check_type(key, value, self.type, self.default)
         items = value if isinstance(value, tuple) else (value,)
         which = "each of its items" if isinstance(value, tuple) else "it"
@@ -128,13 +120,8 @@ def option(
         at_most: Largest value.
         above: Bound that is itself too small.
         below: Bound that is itself too large.
-        check: A test for what bounds cannot say, and the values that pass it, in words that
-            follow "it must be".
-        resumable: Whether a run may resume with another value: it changes how fast the run is or
-            where its data is, never what is computed.
-
-    Returns:
-        A `dataclasses.field`, typed as its default.
+        check: A test for what bounds cannot say, and the values that pass it: "it must be ...".
+        resumable: Whether a run may resume with another value: it never changes what is computed.
     """
     declared = Option(default, help, at_least, at_most, above, below, check, resumable)
     return dataclasses.field(default=default, metadata={"option": declared})
@@ -158,15 +145,7 @@ def options_of(cls: type) -> dict[str, Option]:
 
 
 def check_options(instance: Any, section: str) -> None:
-    """Rejects an instance of a dataclass with an option of another type or out of range.
-
-    Args:
-        instance: Its fields are options of the config.
-        section: Their section, for messages; "" for options at the top.
-
-    Raises:
-        InputError: Names the first option found wrong, its value, and what would be right.
-    """
+    """Raises InputError for the first field of a dataclass that is of another type or range."""
     for name, declared in options_of(instance.__class__).items():
         declared.validate(f"{section}.{name}".lstrip("."), getattr(instance, name))
 
@@ -185,11 +164,7 @@ class Section:
         self.check()
 
     def check(self) -> None:
-        """Rejects values that are valid alone and not together.
-
-        Raises:
-            InputError: Names the options, their values, and what would be right.
-        """
+        """Raises InputError for values that are valid alone and not together."""
 
 
 # Other names of options, which are unlike ours.
@@ -197,12 +172,7 @@ _ALIASES = {"beta1": "b1", "beta2": "b2", "gamma": "step_factor", "precision": "
 
 
 def unknown_option(key: str, known: Iterable[str]) -> str:
-    """Returns the message for an unknown option, with the known ones that were perhaps meant.
-
-    Args:
-        key: "section.name" of the unknown option.
-        known: Those of the known ones.
-    """
+    """Returns the message for an unknown option, with the known ones that were perhaps meant."""
     shown = key if len(key) <= 80 else show(key)[1:-1]
     section, _, name = key.rpartition(".")
     likeness = {other: _likeness(name, other.rpartition(".")[2]) for other in known}

@@ -54,7 +54,6 @@ class SingleSeed:
 
     def pick(self, tree: Any, index: int) -> Any:
         """Returns the arrays of one seed."""
-        del index
         return tree
 
 
@@ -62,7 +61,8 @@ class SequentialSeeds(SingleSeed):
     """Trains one seed after the other, each by the program that its own run has.
 
     So each is what its own run is, to the bit. On a CPU that costs nothing beside runs of their
-    own, and about a fifth beside `vmap`: docs/results.md.
+    own, and about a fifth beside `vmap`: docs/results.md. Feeds have rows int32[R, K, B], values
+    one more dimension R; the seeds share batches to evaluate on.
     """
 
     def init(self, create: Callable[[int | Array], TrainState]) -> TrainState:
@@ -70,7 +70,7 @@ class SequentialSeeds(SingleSeed):
         return jax.lax.map(create, jnp.asarray(self.seeds, jnp.uint32))
 
     def step(self, function: Function) -> Function:
-        """Compiles as `SingleSeed` does; the feed has rows int32[R, K, B]."""
+        """Compiles for all seeds."""
         # Three programs and not one, which XLA would fuse, and round, in another way.
         take = sharding.jit_eval(lambda trees, index: pick(trees, index), self.mesh)
         compiled = sharding.jit_update(function, self.mesh)
@@ -88,7 +88,7 @@ class SequentialSeeds(SingleSeed):
         return step
 
     def eval(self, function: Function) -> Function:
-        """Compiles as `SingleSeed` does; the seeds share the batch."""
+        """Compiles for all seeds."""
         take, compiled = (sharding.jit_eval(each, self.mesh) for each in (pick, function))
 
         def evaluate(states: TrainState, batch: Any) -> Any:
@@ -98,7 +98,7 @@ class SequentialSeeds(SingleSeed):
         return evaluate
 
     def update(self, function: Function) -> Function:
-        """Compiles as `SingleSeed` does; there are R values."""
+        """Compiles for all seeds."""
         return jax.jit(jax.vmap(function), donate_argnums=0, out_shardings=self.sharding)
 
     def pick(self, tree: Any, index: int) -> Any:
@@ -119,7 +119,7 @@ class VectorizedSeeds(SequentialSeeds):
             self.split_batch = lambda batch: batch
 
     def step(self, function: Function) -> Function:
-        """Compiles as `SingleSeed` does; the feed has rows int32[R, K, B]."""
+        """Compiles for all seeds."""
         axes: Any = InMemoryFeed(image=None, label=None, rows=0)  # type: ignore[arg-type]
         everywhere = sharding.replicated(self.mesh)
         return jax.jit(
@@ -129,7 +129,7 @@ class VectorizedSeeds(SequentialSeeds):
         )
 
     def eval(self, function: Function) -> Function:
-        """Compiles as `SingleSeed` does; the seeds share the batch."""
+        """Compiles for all seeds."""
         return sharding.jit_eval(jax.vmap(function, in_axes=(0, None)), self.mesh)
 
 

@@ -28,11 +28,7 @@ ORDER_STREAM, STEP_STREAM, RUN_STREAM = 0, 1, 2
 
 
 def order_key(key: Array) -> Array:
-    """Returns the key of the order of all epochs (`sampling.epoch_order`) of the run with a key.
-
-    Args:
-        key: Of a run, or keys[R] of replicas, which gives R of them.
-    """
+    """Returns the key of `sampling.epoch_order` of a run, or R of them for the keys[R] of replicas."""
     derive = functools.partial(jax.random.fold_in, data=ORDER_STREAM)
     return jax.vmap(derive)(key) if key.ndim else derive(key)
 
@@ -44,10 +40,7 @@ def cross_entropy(
 ) -> Float[Array, " batch"]:
     """Softmax cross-entropy of each example, in nats.
 
-    Args:
-        logits: Unnormalized log probabilities.
-        labels: Classes, or weights of all classes.
-        label_smoothing: Share of the target spread over all classes (Szegedy et al., 2016).
+    Labels are classes, or weights of all classes. Label smoothing is that of Szegedy et al. (2016).
     """
     if labels.ndim == 1 and not label_smoothing:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -58,7 +51,6 @@ def cross_entropy(
 
 
 def _masked_mean(values: Array, mask: Array, axis_name: str | None) -> Array:
-    """Mean of the unmasked values over the whole batch, that is over all devices."""
     total, count = jnp.where(mask, values, 0).sum(), mask.sum()
     if axis_name is not None:
         total, count = jax.lax.psum((total, count), axis_name)
@@ -85,10 +77,10 @@ def train_step(
         batch: image uint8[B, H, W, C], label int32[B], mask bool[B]. Images whose mask is false
             count for nothing, but for batch statistics, which are of all images.
         model: The network.
-        optimizer: The transformation that `state.opt_state` belongs to.
-        normalize: From uint8 images to what the network takes.
+        optimizer: Of `state.opt_state`.
+        normalize: From uint8 images to the network's input.
         steps_per_epoch: Tells the epoch, which `augment` is given.
-        augment: Random change of the uint8 images.
+        augment: Random change of the uint8 images, and of the labels.
         label_smoothing: See `cross_entropy`.
         ema_decay: Share of the old average kept at each step; used if `state.ema` is kept.
         axis_name: Mapped device axis that the batch is split over, if any.
@@ -146,15 +138,7 @@ def predict_step(
     normalize: Normalize,
     tta: TTA | None = None,
 ) -> Float[Array, "batch classes"]:
-    """Returns the logits of images.
-
-    Args:
-        state: Whose `variables` are used.
-        images: As the data set has them.
-        model: The network.
-        normalize: From uint8 images to what the network takes.
-        tta: Several views of each image, whose logits are combined.
-    """
+    """Returns logits; with test-time augmentation, those of several views combined."""
 
     def predict(images: Array) -> Array:
         logits: Any = model.apply(state.variables, normalize(images), train=False)
@@ -175,15 +159,7 @@ def eval_step(
     tta: TTA | None = None,
     axis_name: str | None = None,
 ) -> EvalMetrics:
-    """Evaluates the network on a batch, counting only the examples whose mask is true.
-
-    Args:
-        state: Whose `variables` are evaluated.
-        batch: image uint8[B, H, W, C], label int32[B], mask bool[B].
-        model: The network.
-        normalize: From uint8 images to what the network takes.
-        tta: As for `predict_step`.
-        axis_name: Mapped device axis that the batch is split over, if any.
+    """Evaluates the network on a batch, as `train_step` takes it, counting only unmasked examples.
 
     Returns:
         Sums and counts over the batch of all devices.
@@ -211,21 +187,14 @@ def eval_step_with_predictions(
     top_k: int = 5,
     num_images: int = 36,
 ) -> tuple[EvalMetrics, dict[str, Array]]:
-    """Evaluates the network as `eval_step` does, and keeps its predictions.
-
-    Args:
-        state: Whose `variables` are evaluated.
-        batch: image uint8[B, H, W, C], label int32[B], mask bool[B].
-        model: The network.
-        normalize: From uint8 images to what the network takes.
-        top_k: K, predictions that are kept of each image; all classes, if these are fewer.
-        num_images: P, misclassified images that are kept; all images, if these are fewer.
+    """Evaluates the network as `eval_step` does, and keeps its top K predictions.
 
     Returns:
         The metrics; and label int32[B], mask bool[B], `classes` int32[B, K], the top K, their
         `probabilities` float32[B, K], `label_probability` float32[B], and, of the most confident
         errors and, where these are fewer than P, of any other rows, also of those that the mask
-        leaves out, the rows `mistakes` int32[P] and `pictures` uint8[P, H, W, C].
+        leaves out, the rows `mistakes` int32[P] and `pictures` uint8[P, H, W, C]. P is at most
+        `num_images`.
     """
     logits = predict_step(state, batch["image"], model=model, normalize=normalize)
     all_probabilities = jax.nn.softmax(logits)
@@ -259,8 +228,8 @@ def train_steps(
     Args:
         state: Before the steps.
         feed: Of K batches.
-        step_fn: `train_step` with everything but state and batch given.
-        constrain: Says how a batch is spread over the devices.
+        step_fn: `train_step` with everything but state and batch bound.
+        constrain: Shards a batch over the devices.
         unroll: Compile the steps one after the other, not as a loop. XLA's CPU backend brings the
             convolutions of a backward pass into a fast layout only outside of loops; in a scan,
             even of one step, CIFAR-10's network takes 156 s a step instead of 4.6 s (2 cores,

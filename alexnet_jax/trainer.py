@@ -47,21 +47,14 @@ class Trainer:
     Attributes:
         init: From variables that replace initial ones to the state at step 0. Not compiled: it is
             also evaluated for its shapes alone.
-        step: From a state, which is donated, and a feed of K batches to the state after K steps and
-            their metrics.
-        eval: From a state and a batch to metrics; by suffix, "" and, with test-time augmentation,
-            "_tta".
-        predict: Of one seed; as `eval`, and what `steps.eval_step_with_predictions` keeps.
-        after_validation: From a state, which is donated, and the validation accuracy, float32[], of
-            each seed, to the state of the next epoch.
-        pick: From a state and an index to the state of that one of `seeds`.
-        learning_rate: From a state and a step to the learning rate of that step, which is of the
-            same epoch; of several seeds the mean.
-        seeds: Which.
+        step: Takes K steps; the state before them is donated.
+        eval: By suffix: "" and, with test-time augmentation, "_tta".
+        predict: As `eval`, of one seed, with what `steps.eval_step_with_predictions` keeps.
+        after_validation: Given the validation accuracy, float32[], of each seed; donates the state.
+        pick: Returns the state of one of `seeds`, by index.
+        learning_rate: Of a step in the epoch of the state; of several seeds the mean.
         sharding: Of the state.
-        model: The network.
         image_shape: (H, W, C) of what the network takes.
-        augment: As in training.
     """
 
     init: Callable[[Mapping[str, Any]], TrainState]
