@@ -19,7 +19,7 @@ def load(
     run: str | os.PathLike[str],
     *,
     checkpoint: str | int = "newest",
-    averaged: bool = True,
+    ema: bool = True,
     seed: int | None = None,
 ) -> "Network":
     """Opens the network of a run, from its folder alone; the data set is not needed.
@@ -28,7 +28,7 @@ def load(
         run: The run folder.
         checkpoint: "newest" (which ``results.json`` of a finished run is about), "best" by the
             accuracy on the validation images, or the step of a checkpoint.
-        averaged: Whether to use the weights averaged over the steps, where the run keeps them.
+        ema: Whether to use the exponential moving average of the weights, where the run keeps it.
         seed: Whose network, of a run of many seeds; None is the first.
 
     Returns:
@@ -39,4 +39,4 @@ def load(
     """
     from alexnet_jax.inference import predictor  # imports JAX, which takes seconds
 
-    return predictor.load(run, checkpoint=checkpoint, averaged=averaged, seed=seed)
+    return predictor.load(run, checkpoint=checkpoint, ema=ema, seed=seed)

@@ -222,7 +222,7 @@ def declared_options(model: str | None = None) -> dict[str, Option]:
 
 
 # In a wheel, and in a checkout.
-_CONFIGS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
 
 # A run may resume with other values of these.
 RESUMABLE = frozenset(key for key, declared in declared_options().items() if declared.resumable)
@@ -306,7 +306,7 @@ def find_config(name: str) -> str:
         InputError: There is no such file.
     """
     file, colon, argument = name.partition(":")
-    named = [os.path.join(folder, f"{file}.py") for folder in _CONFIGS if os.sep not in file]
+    named = [os.path.join(folder, f"{file}.py") for folder in CONFIG_FOLDERS if os.sep not in file]
     for path in (file, *named):
         if os.path.isfile(path):  # pathlib's raises where a name is too long
             return f"{path}{colon}{argument}"
@@ -315,7 +315,7 @@ def find_config(name: str) -> str:
 
 def known_configs() -> str:
     """Says what --config may be, for a message."""
-    names = sorted({path.stem for folder in _CONFIGS for path in folder.glob("[!_]*.py")})
+    names = sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("[!_]*.py")})
     return f"name a config file, or one of {', '.join(names)}"
 
 

@@ -106,7 +106,7 @@ def open_start(config: ConfigDict, folder: Path) -> Start:
     network = predictor.load(
         config.init.from_run, checkpoint=int(which) if which.isdecimal() else which
     )
-    variables = network.answering.variables
+    variables = network.eval_state.variables
     arrays = sorted(
         (path, found["crc32"]) for path, found in checksums.fingerprints(variables).items()
     )

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     card = functools.partial(
         model_card,
         network,
-        artefact=kind.artefact,
+        artifact=kind.artifact,
         runtime=kind.runtime,
         command=shlex.join(["alexnet-jax", "export", *arguments]),
     )
@@ -55,9 +55,9 @@ def main(arguments: Sequence[str]) -> None:
         card=lambda difference: card(difference=difference),
         overwrite=options.overwrite,
     )
-    weights = "averaged weights" if network.averaged else "weights"
+    weights = "averaged weights" if network.ema else "weights"
     print(
-        f"{exported.artefact}\n"
+        f"{exported.artifact}\n"
         f"  the {weights} of step {network.step:,}; {kind.runtime} gives the network's "
         f"probabilities to within {exported.difference:.1g}\n"
         "  beside it: class_names.json, MODEL_CARD.md\n"

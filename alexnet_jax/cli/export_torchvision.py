@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     from alexnet_jax.inference import torchvision  # imports JAX, as --help does not
 
     network = open_network(options)
-    state_dict = torchvision.to_torchvision(network.answering.params)
+    state_dict = torchvision.to_torchvision(network.eval_state.params)
     torchvision.check_model(network.config.model)
     torchvision.write_state_dict(state_dict, options.out)
     mean, std = (

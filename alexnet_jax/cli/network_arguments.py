@@ -39,7 +39,5 @@ def open_network(options: argparse.Namespace) -> "Network":
 
     environment.prepare()
     manager.quieten_orbax()
-    averaged = not getattr(options, "no_ema", False)
-    return predictor.load(
-        options.run, checkpoint=options.checkpoint, averaged=averaged, seed=options.seed
-    )
+    ema = not getattr(options, "no_ema", False)
+    return predictor.load(options.run, checkpoint=options.checkpoint, ema=ema, seed=options.seed)

@@ -191,26 +191,26 @@ def _draw(options: argparse.Namespace, network: "Network", shown: list[Predicted
     import numpy as np
     from tqdm import tqdm
 
-    from alexnet_jax.inference.contact_sheet import Answer, contact_sheet, explanation
+    from alexnet_jax.inference.contact_sheet import PredictedImage, contact_sheet, saliency_image
     from alexnet_jax.inference.saliency import smooth_grad
 
-    answers = [
-        Answer(Path(each.file).name, each.image, *each.top[0])
+    predicted = [
+        PredictedImage(Path(each.file).name, each.image, *each.top[0])
         for each in shown
         if each.image is not None
     ]
     try:
         if options.sheet:
-            contact_sheet(answers).save(options.sheet, format="PNG")
+            contact_sheet(predicted).save(options.sheet, format="PNG")
             print(f"Sheet: {options.sheet}", file=sys.stderr)
         if options.explain:
             options.explain.mkdir(parents=True, exist_ok=True)
             names = _unique_names(each.file for each in shown)
-            bar = tqdm(answers, "Explaining", unit="img", disable=None, delay=2)
-            for answer, name in zip(bar, names, strict=True):
-                label = network.class_names.index(answer.label)
-                saliency = smooth_grad(network, answer.image[None], np.array([label]))[0]
-                explanation(answer, saliency).save(options.explain / name, format="PNG")
+            bar = tqdm(predicted, "Explaining", unit="img", disable=None, delay=2)
+            for each, name in zip(bar, names, strict=True):
+                label = network.class_names.index(each.label)
+                saliency = smooth_grad(network, each.image[None], np.array([label]))[0]
+                saliency_image(each, saliency).save(options.explain / name, format="PNG")
             print(f"Explanations: {options.explain}", file=sys.stderr)
     except OSError as error:
         raise InputError(

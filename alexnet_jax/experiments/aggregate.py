@@ -5,18 +5,16 @@ import functools
 import itertools
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from alexnet_jax.config import RESUMABLE, default_config, load_config
+from alexnet_jax.config import CONFIG_FOLDERS, RESUMABLE, default_config, load_config
 from alexnet_jax.errors import InputError
 from alexnet_jax.run import directory, files
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +50,6 @@ class RunResult:
                 found = self.results[name]
                 return list(found.get("accuracy_each", [found["accuracy"]]))
         return []
-
-    @property
-    def hardware(self) -> str:
-        """The devices that it ran on, in words."""
-        return str(self.results["devices"])
 
     @property
     def images_trained(self) -> int:
@@ -164,27 +157,26 @@ def table(groups: Groups, names: Sequence[str]) -> str:
                 f"{untested.folder} was not evaluated on the test set, and {run.folder} not on "
                 "validation images; make a table of each kind."
             )
-    lines = [
-        _markdown_row([column.format(split) for column in _COLUMNS]),
-        "|" + "---|" * len(_COLUMNS),
-        *(_markdown_row(_cells(*row, split)) for row in zip(groups, names, strict=True)),
-        "",
-        *(_origin(*row, split) for row in zip(groups, names, strict=True)),
-    ]
-    return "\n".join(lines)
+    rows = list(zip(groups, names, strict=True))
+    head = [column.format(split) for column in _COLUMNS]
+    cells = [_cells(members, name, split) for members, name in rows]
+    origins = [_origin(members, name, split) for members, name in rows]
+    return "\n".join([markdown_table(head, cells), "", *origins])
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Formats a table in Markdown."""
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def _cells(members: Sequence[RunResult], name: str, split: str) -> list[str]:
     plain = [accuracy for run in members for accuracy in run.accuracies("", split)]
     tta = [accuracy for run in members for accuracy in run.accuracies("_tta", split)]
-    timed = [run for run in members if run.hardware == members[0].hardware]
+    first = members[0].results
+    timed = [run for run in members if run.results["devices"] == first["devices"]]
     total = sum(run.results["train_seconds"] for run in timed)
     seconds = total / sum(len(run.seeds) for run in timed)
-    first = members[0].results
     flops = first.get("flops")
     return [
         name,
@@ -204,7 +196,7 @@ def _origin(members: Sequence[RunResult], name: str, split: str) -> str:
     """Says on which data and hardware the runs of a row were trained, and by which command."""
     by_hardware: dict[str, list[int]] = {}
     for run in members:
-        by_hardware.setdefault(run.hardware, []).extend(run.seeds)
+        by_hardware.setdefault(run.results["devices"], []).extend(run.seeds)
     where = "; ".join(
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))} on {hardware}"
         for hardware, seeds in by_hardware.items()
@@ -218,18 +210,18 @@ def _origin(members: Sequence[RunResult], name: str, split: str) -> str:
     )
 
 
-def command(run: RunResult, name: str, configs: Path = CONFIGS) -> str:
+def command(run: RunResult, name: str, configs: Sequence[Path] = CONFIG_FOLDERS) -> str:
     """Returns a command that trains such a run: the nearest config file, and what differs from it.
 
     Args:
         run: A run; its seed is left out.
         name: Name of the run folder below "runs" in the command, where options differ; the folder
             named after the config is for the config as it is.
-        configs: Folder of the config files.
+        configs: Folders of config files.
     """
     changed = {
         file: [key for key, value in run.compared.items() if value != options[key]]
-        for file, options in _config_files(configs).items()
+        for file, options in _config_files(tuple(configs)).items()
         if options.keys() - {"seed", "num_seeds"} == run.compared.keys()
     }
     if not changed:
@@ -254,10 +246,10 @@ def _tuples(value: Any) -> Any:
 
 
 @functools.cache  # every row of a table is compared with all of them
-def _config_files(folder: Path) -> dict[str, dict[str, Any]]:
+def _config_files(folders: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
     """Returns the options of each config file, and of each row of one that takes its number."""
     found = {}
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
         for row in itertools.chain([""], map(":{}".format, range(100))):
             try:
                 found[f"{path.name}{row}"] = directory.fixed_options(load_config(f"{path}{row}"))

@@ -102,13 +102,7 @@ def train(
 def compare(
     entries: Sequence[Entry], workdir: Path, seeds: int, *, separately: bool = False
 ) -> str:
-    """Compares finished runs in a table, a figure and a page, which it writes into `workdir`.
-
-    Args:
-        entries: The configs.
-        workdir: Parent of the run folders.
-        seeds: Number of seeds.
-        separately: As for `train`.
+    """Compares the runs of `train` in a table, a figure and a page, which are put into `workdir`.
 
     Returns:
         The table, in Markdown.

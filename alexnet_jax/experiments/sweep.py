@@ -30,6 +30,7 @@ from alexnet_jax.config import load_config
 from alexnet_jax.distributed.preemption import stop_requests
 from alexnet_jax.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, InputError
 from alexnet_jax.experiments import launch
+from alexnet_jax.experiments.aggregate import markdown_table
 from alexnet_jax.experiments.search_space import Space
 from alexnet_jax.run import directory, files
 
@@ -131,29 +132,27 @@ def _check_search(sweep: Sweep) -> None:
             )
 
 
+@dataclasses.dataclass
 class Sweeper:
-    """Trains the trials of a sweep, several at a time."""
+    """Trains the trials of a sweep, several at a time.
 
-    def __init__(
-        self, sweep: Sweep, study: optuna.Study, *, workers: int, keep_checkpoints: bool = False
-    ) -> None:
-        """Prepares the search; nothing is started.
+    Attributes:
+        sweep: What is searched.
+        study: Its study, from `opened`.
+        workers: Trials trained at once; where there are GPUs, each has its own.
+        keep_checkpoints: Whether all trials keep their checkpoints, and not only the best.
+    """
 
-        Args:
-            sweep: What is searched.
-            study: Its study, from `opened`.
-            workers: Trials trained at once; where there are GPUs, each has its own.
-            keep_checkpoints: Whether all trials keep their checkpoints, and not only the best.
+    sweep: Sweep
+    study: optuna.Study
+    workers: int
+    keep_checkpoints: bool = False
 
-        Raises:
-            InputError: There are GPUs, but fewer than workers.
-        """
-        self._sweep, self._study = sweep, study
-        self._workers, self._keep_checkpoints = workers, keep_checkpoints
+    def __post_init__(self) -> None:
         self._environments: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-        for variables in share_gpus(workers):
+        for variables in share_gpus(self.workers):
             self._environments.put(variables)
-        self._lock = threading.Lock()  # of the study and all below
+        self._lock = threading.Lock()  # of the study and of `_failures`
         self._stop = threading.Event()
         self._failures = 0  # in a row
 
@@ -167,31 +166,31 @@ class Sweeper:
             InputError: The first trials all failed.
         """
         self._requeue_interrupted()
-        ended = len(_ended(self._study))
+        ended = len(_ended(self.study))
         bar = tqdm(desc="trials", total=trials, initial=ended, disable=not sys.stderr.isatty())
-        with bar, stop_requests() as stop_requested, ThreadPoolExecutor(self._workers) as pool:
+        with bar, stop_requests() as stop_requested, ThreadPoolExecutor(self.workers) as pool:
             jobs = [pool.submit(self._run_trial) for _ in range(trials - ended)]
             try:
                 while wait(jobs, timeout=POLL_SECONDS).not_done:
                     if stop_requested():
                         self._stop.set()
-                    bar.update(len(_ended(self._study)) - bar.n)
+                    bar.update(len(_ended(self.study)) - bar.n)
             finally:  # also after a second Ctrl-C: no child is left behind
                 self._stop.set()
         for job in jobs:
             job.result()
-        return len(_ended(self._study)) >= trials
+        return len(_ended(self.study)) >= trials
 
     def _requeue_interrupted(self) -> None:
         """Queues the trials that an earlier session has left, to resume in their folders."""
-        trials = self._study.get_trials(deepcopy=False)
+        trials = self.study.get_trials(deepcopy=False)
         queued = {trial.user_attrs.get("continues") for trial in trials}
         for trial in trials:
             if trial.state == TrialState.RUNNING:
                 if trial.number not in queued:
                     attributes = {"continues": trial.number, "folder": _folder_of(trial)}
-                    self._study.enqueue_trial(trial.params, user_attrs=attributes)
-                self._study.tell(trial.number, state=TrialState.FAIL)
+                    self.study.enqueue_trial(trial.params, user_attrs=attributes)
+                self.study.tell(trial.number, state=TrialState.FAIL)
 
     def _run_trial(self) -> None:
         if self._stop.is_set():
@@ -199,37 +198,40 @@ class Sweeper:
         variables = self._environments.get()
         try:
             with self._lock:
-                trial = self._study.ask(dict(self._sweep.space))
+                trial = self.study.ask(dict(self.sweep.space))
                 trial.set_user_attr("folder", _folder_of(trial))
-            self._train(trial, variables)
+            state, why = self._train(trial, variables)
+            if not self._stop.is_set():  # else the next session resumes the trial
+                self._tell(trial, state, why)
         except BaseException:
             self._stop.set()
             raise
         finally:
             self._environments.put(variables)
 
-    def _train(self, trial: Trial, variables: dict[str, str]) -> None:
-        """Trains a trial to its end; interrupted, it stays as it is for the next session."""
-        folder = self._sweep.folder / _folder_of(trial)
+    def _train(self, trial: Trial, variables: dict[str, str]) -> tuple[TrialState, str]:
+        """Trains a trial until it ends or is to stop; returns its state, and why if it failed."""
+        folder = self.sweep.folder / _folder_of(trial)
         output = folder.with_suffix(".log")
+        arguments = [*self.sweep.command(trial.params), "--config.eval.test=false"]
         values = ", ".join(f"{key} {_short(value)}" for key, value in trial.params.items())
         log.info("%s: %s", folder.name, values)
-        progress = _Progress(trial, folder)
+        progress = _report(trial, folder)
+        pruned = False
 
         def should_stop() -> bool:
+            nonlocal pruned
             with self._lock:
-                return progress.report(prune=True) or self._stop.is_set()
+                pruned = next(progress) or pruned
+            return pruned or self._stop.is_set()
 
-        for starts in range(1, _STARTS + 1):
+        for _ in range(_STARTS):
             self._wait_for_earlier(folder)
             if self._stop.is_set():
-                return
+                return TrialState.RUNNING, ""
             with output.open("ab") as stream:
                 code = launch.train(
-                    [
-                        *self._sweep.command(trial.params),
-                        *("--config.eval.test=false", f"--workdir={folder}"),
-                    ],
+                    [*arguments, f"--workdir={folder}"],
                     should_stop,
                     poll_seconds=POLL_SECONDS,
                     stdin=subprocess.DEVNULL,
@@ -237,26 +239,17 @@ class Sweeper:
                     stderr=subprocess.STDOUT,
                     env=os.environ | variables,
                 )
-            if self._stop.is_set():
-                return
             with self._lock:
-                progress.report(prune=False)
+                next(progress)
             if code == 0:
-                self._tell(trial, TrialState.COMPLETE, accuracy=_final_accuracy(folder))
-            elif progress.pruned:  # by a signal that may have met it anywhere
-                self._tell(trial, TrialState.PRUNED)
-            elif code == EXIT_DIVERGED:
-                self._tell(trial, TrialState.PRUNED, _last_error(output))
-            elif code == EXIT_BAD_INPUT:
-                self._tell(trial, TrialState.FAIL, _last_error(output))
-            elif starts == _STARTS:
-                self._tell(trial, TrialState.FAIL, f"ended {starts} times with code {code}")
-            else:
-                log.warning(
-                    "%s ended with code %d; resuming it, see %s.", folder.name, code, output
-                )
-                continue
-            return
+                return TrialState.COMPLETE, ""
+            if pruned or self._stop.is_set():  # by a signal that may have met it anywhere
+                return TrialState.PRUNED, ""
+            if code in (EXIT_BAD_INPUT, EXIT_DIVERGED):
+                diverged = code == EXIT_DIVERGED
+                return TrialState.PRUNED if diverged else TrialState.FAIL, _last_error(output)
+            log.warning("%s ended with code %d; see %s.", folder.name, code, output)
+        return TrialState.FAIL, f"ended {_STARTS} times with code {code}"
 
     def _wait_for_earlier(self, folder: Path) -> None:
         """Waits while a process of an earlier session, which was killed, trains in the folder."""
@@ -268,9 +261,7 @@ class Sweeper:
         while directory.in_use(folder) and not self._stop.is_set():
             self._stop.wait(POLL_SECONDS)
 
-    def _tell(
-        self, trial: Trial, state: TrialState, why: str = "", accuracy: float | None = None
-    ) -> None:
+    def _tell(self, trial: Trial, state: TrialState, why: str) -> None:
         """Ends a trial.
 
         Raises:
@@ -279,52 +270,50 @@ class Sweeper:
         name = _folder_of(trial)
         with self._lock:
             trial.set_user_attr("why", why)
-            ended = self._study.tell(trial, accuracy, state=state)
-            said = f"validation accuracy {accuracy:.2%}" if accuracy is not None else why
-            log.info("%s: %s", name, said or f"pruned after epoch {ended.last_step or 0}")
-            if not self._keep_checkpoints:
+            if state == TrialState.COMPLETE:
+                accuracy = _final_accuracy(self.sweep.folder / name)
+                self.study.tell(trial, accuracy)
+                said = f"validation accuracy {accuracy:.2%}"
+            else:
+                ended = self.study.tell(trial, state=state)
+                said = why or f"pruned after epoch {ended.last_step or 0}"
+            log.info("%s: %s", name, said)
+            if not self.keep_checkpoints:
                 self._remove_checkpoints()
             self._failures = self._failures + 1 if state == TrialState.FAIL else 0
             states = (TrialState.COMPLETE, TrialState.PRUNED)
-            trained = self._study.get_trials(deepcopy=False, states=states)
+            trained = self.study.get_trials(deepcopy=False, states=states)
         if self._failures >= _HOPELESS and not trained:
             raise InputError(
                 f"the first {_HOPELESS} trials could not be trained; of the last, "
-                f"{self._sweep.folder / name}.log says: {why}"
+                f"{self.sweep.folder / name}.log says: {why}"
             )
 
     def _remove_checkpoints(self) -> None:
         """Removes those of all ended trials but the best; they would fill the disk."""
-        best = best_trial(self._study)
-        trials = self._study.get_trials(deepcopy=False)
+        best = best_trial(self.study)
+        trials = self.study.get_trials(deepcopy=False)
         # A trial that waits to resume an earlier one has the same folder.
         kept = {_folder_of(trial) for trial in trials if not trial.state.is_finished()}
         kept |= {_folder_of(best)} if best else set()
         for name in {_folder_of(trial) for trial in trials} - kept:
-            shutil.rmtree(self._sweep.folder / name / directory.CHECKPOINTS, ignore_errors=True)
+            shutil.rmtree(self.sweep.folder / name / directory.CHECKPOINTS, ignore_errors=True)
 
 
-class _Progress:
-    """Reports the validation accuracy of a trial to Optuna, epoch by epoch."""
-
-    def __init__(self, trial: Trial, folder: Path) -> None:
-        self._trial, self._folder = trial, folder
-        self._records = _follow(folder / directory.METRICS)
-        self._epochs: set[int] = set()
-        self.pruned = False
-
-    def report(self, *, prune: bool) -> bool:
-        """Reports what is new, and returns `pruned`, which changes only where `prune` is true."""
-        for record in next(self._records):
-            options = files.read_json(self._folder / directory.CONFIG)
+def _report(trial: Trial, folder: Path) -> Iterator[bool]:
+    """Reports to Optuna what is new in a trial's metrics; yields whether to prune the trial."""
+    reported: set[int] = set()
+    for records in _follow(folder / directory.METRICS):
+        lags = False
+        for record in records:
+            options = files.read_json(folder / directory.CONFIG)
             split = "validation_ema" if options["train.ema_decay"] else "validation"
             epoch = round(record["epoch"])
-            if record["split"] == split and epoch not in self._epochs:
-                self._epochs.add(epoch)
-                self._trial.report(record["accuracy"], epoch)
-                if prune and epoch < options["train.epochs"]:
-                    self.pruned = self.pruned or self._trial.should_prune()
-        return self.pruned
+            if record["split"] == split and epoch not in reported:
+                reported.add(epoch)
+                trial.report(record["accuracy"], epoch)
+                lags = lags or (epoch < options["train.epochs"] and trial.should_prune())
+        yield lags
 
 
 def _follow(path: Path) -> Iterator[list[dict[str, Any]]]:
@@ -399,23 +388,21 @@ def importances(study: optuna.Study) -> dict[str, float]:
 
 
 def table(found: Sequence[Row], most: int = 10) -> str:
-    """Formats trials in Markdown: the best first, then the pruned, then those that failed.
-
-    Args:
-        found: From `rows`.
-        most: Largest number of rows.
-    """
+    """Formats the first trials in Markdown: the best, then the pruned, then those that failed."""
     order = ["complete", "pruned", "fail"]
     ranked = sorted(found, key=lambda row: (order.index(row.state), -(row.accuracy or 0)))[:most]
     keys = list(dict.fromkeys(key for row in ranked for key in row.params))
-    head = ["trial", "validation (%)", "epochs", *keys, "state"]
-    lines = [head, ["---"] * len(head)]
-    for row in ranked:
-        accuracy = "-" if row.accuracy is None else f"{100 * row.accuracy:.2f}"
-        params = (_short(row.params[key]) if key in row.params else "-" for key in keys)
-        state = f"{row.state}: {row.why}" if row.why else row.state
-        lines.append([row.name, accuracy, str(row.epochs), *params, state])
-    return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in lines)
+    cells = [
+        [
+            row.name,
+            "-" if row.accuracy is None else f"{100 * row.accuracy:.2f}",
+            str(row.epochs),
+            *(_short(row.params[key]) if key in row.params else "-" for key in keys),
+            f"{row.state}: {row.why}" if row.why else row.state,
+        ]
+        for row in ranked
+    ]
+    return markdown_table(["trial", "validation (%)", "epochs", *keys, "state"], cells)
 
 
 def best_command(sweep: Sweep, best: FrozenTrial) -> str:

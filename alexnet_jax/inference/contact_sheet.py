@@ -1,5 +1,6 @@
-"""Pictures of what a network answers: many images on one sheet, and where it looked in one."""
+"""Images with their predictions: many on a contact sheet, or one with its saliency map."""
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,104 +9,92 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_SIDE = 144  # Of an image on the sheet, in pixels.
-_MARGIN = 8
+from alexnet_jax.plots.style import BLUE, INK, MUTED
+
+SIDE, LARGE_SIDE = 144, 320  # pixels of an image on a contact sheet, and beside its saliency map
+MARGIN = 8
 _LINE = 17
-_LARGE_SIDE = 320
-_INK, _FAINT, _BAR, _PAPER = "#222222", "#777777", "#4c78a8", "white"
 
 
-class Answer(NamedTuple):
-    """What there is to show of an image.
-
-    Attributes:
-        name: Of the image.
-        image: uint8[S, S, 3], as the network saw it.
-        label: Its most probable class.
-        probability: Of this class.
-    """
+class PredictedImage(NamedTuple):
+    """An image and its most probable class."""
 
     name: str
-    image: np.ndarray
+    image: np.ndarray  # uint8[S, S, 3], as the network sees it
     label: str
     probability: float
 
 
-def contact_sheet(answers: Sequence[Answer], columns: int = 6) -> Image.Image:
-    """Lays out images with their answers, row by row.
-
-    Args:
-        answers: At least one.
-        columns: The most in a row.
-    """
-    columns = min(columns, len(answers))
-    rows = math.ceil(len(answers) / columns)
-    width, height = _SIDE + 2 * _MARGIN, _SIDE + 2 * _MARGIN + 2 * _LINE + 4
-    sheet = Image.new("RGB", (columns * width, rows * height), _PAPER)
+def contact_sheet(predicted: Sequence[PredictedImage], columns: int = 6) -> Image.Image:
+    """Lays out at least one image with its prediction, row by row."""
+    columns = min(columns, len(predicted))
+    width, height = SIDE + 2 * MARGIN, SIDE + 2 * MARGIN + 2 * _LINE + 4
+    size = (columns * width, math.ceil(len(predicted) / columns) * height)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    font = _font(12)
-    for i, answer in enumerate(answers):
-        x, y = i % columns * width + _MARGIN, i // columns * height + _MARGIN
-        sheet.paste(_enlarged(answer.image, _SIDE), (x, y))
-        y += _SIDE + 3
-        draw.rectangle((x, y, x + round(answer.probability * (_SIDE - 1)), y + 2), fill=_BAR)
-        y += 5
-        share = f" {answer.probability:.1%}"
-        room = _SIDE - font.getlength(share)
-        draw.text((x, y), _cut(answer.label, font, room) + share, fill=_INK, font=font)
-        draw.text((x, y + _LINE - 2), _cut(answer.name, font, _SIDE), fill=_FAINT, font=font)
+    text = font(12)
+    for i, (name, image, label, probability) in enumerate(predicted):
+        x, y = i % columns * width + MARGIN, i // columns * height + MARGIN
+        sheet.paste(_enlarge(image, SIDE), (x, y))
+        y += SIDE + 3
+        draw.rectangle((x, y, x + round(probability * (SIDE - 1)), y + 2), fill=BLUE)
+        percent = f" {probability:.1%}"
+        label = shorten(label, text, SIDE - text.getlength(percent))
+        draw.text((x, y + 5), label + percent, fill=INK, font=text)
+        draw.text((x, y + _LINE + 3), shorten(name, text, SIDE), fill=MUTED, font=text)
     return sheet
 
 
-def explanation(answer: Answer, saliency: np.ndarray) -> Image.Image:
-    """Shows an image beside what its answer depends on.
+def saliency_image(predicted: PredictedImage, saliency: np.ndarray) -> Image.Image:
+    """Shows an image, its saliency map, and both together.
 
     Args:
-        answer: The image and its class.
-        saliency: float[S, S], at least 0; what is above its 99th percentile is shown as that, as
-            a few pixels would hide the others.
+        predicted: The image.
+        saliency: float[S, S], at least 0, clipped at its 99th percentile, for the few pixels above
+            would hide the others.
     """
-    from matplotlib import colormaps  # a third of a second, of those who want a picture
+    from matplotlib import colormaps  # takes a third of a second to import
 
-    image = _enlarged(answer.image, _LARGE_SIDE)
-    scale = max(float(np.percentile(saliency, 99)), 1e-30)
-    share = np.clip(saliency / scale, 0, 1)
-    heat = colormaps["inferno"](share)[:, :, :3]
-    map_ = _enlarged((heat * 255).round().astype(np.uint8), _LARGE_SIDE)
-    grey = image.convert("L").convert("RGB")
-    over = Image.composite(map_, grey, map_.convert("L").point(lambda v: min(255, 40 + v)))
-    width = 3 * _LARGE_SIDE + 4 * _MARGIN
-    picture = Image.new("RGB", (width, _LARGE_SIDE + 3 * _MARGIN + _LINE), _PAPER)
-    for i, part in enumerate((image, map_, over)):
-        picture.paste(part, (_MARGIN + i * (_LARGE_SIDE + _MARGIN), _MARGIN))
-    font = _font(14)
-    text = f"{answer.label} {answer.probability:.1%}   {answer.name}"
-    place = (_MARGIN, _LARGE_SIDE + round(1.5 * _MARGIN))
-    text = _cut(text, font, width - 2 * _MARGIN)
-    ImageDraw.Draw(picture).text(place, text, fill=_INK, font=font)
+    scaled = np.clip(saliency / max(float(np.percentile(saliency, 99)), 1e-30), 0, 1)
+    heat = (colormaps["inferno"](scaled)[:, :, :3] * 255).round().astype(np.uint8)
+    image, map_ = _enlarge(predicted.image, LARGE_SIDE), _enlarge(heat, LARGE_SIDE)
+    gray = image.convert("L").convert("RGB")
+    both = Image.composite(map_, gray, map_.convert("L").point(lambda v: min(255, 40 + v)))
+    width = 3 * LARGE_SIDE + 4 * MARGIN
+    picture = Image.new("RGB", (width, LARGE_SIDE + 3 * MARGIN + _LINE), "white")
+    for i, part in enumerate((image, map_, both)):
+        picture.paste(part, (MARGIN + i * (LARGE_SIDE + MARGIN), MARGIN))
+    text = f"{predicted.label} {predicted.probability:.1%}   {predicted.name}"
+    ImageDraw.Draw(picture).text(
+        (MARGIN, LARGE_SIDE + 3 * MARGIN // 2),
+        shorten(text, font(14), width - 2 * MARGIN),
+        fill=INK,
+        font=font(14),
+    )
     return picture
 
 
-def _enlarged(pixels: np.ndarray, side: int) -> Image.Image:
-    # The nearest pixel: what the network saw is to be seen, not what it might have been.
+def _enlarge(pixels: np.ndarray, side: int) -> Image.Image:
+    # Not interpolated: these are the pixels that the network sees.
     return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+@functools.cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Returns the font of Matplotlib, which has more than the Latin letters of Pillow's own."""
     import matplotlib
 
-    # It brings one that knows more than Latin letters; Pillow's own does not.
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     return ImageFont.truetype(path, size)
 
 
-def _cut(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
-    """Leaves out the middle of a text that is too long."""
-    if font.getlength(text) <= room:
+def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """Leaves out the middle of a text that is wider than so many pixels."""
+    if font.getlength(text) <= width:
         return text
     for kept in range(len(text) - 1, 0, -1):
         end = kept // 2
-        short = text[: kept - end] + "…" + (text[-end:] if end else "")
-        if font.getlength(short) <= room:
-            return short
+        shortened = f"{text[: kept - end]}…{text[len(text) - end :]}"
+        if font.getlength(shortened) <= width:
+            return shortened
     return "…"

@@ -1,9 +1,10 @@
-"""A trained network, opened from its run folder and asked what images show."""
+"""A trained network, opened from its run folder, and its predictions."""
 
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,17 +28,17 @@ from alexnet_jax.state import TrainState
 # One image, or an array of many: a path, a Pillow image, or uint8 or uint16 pixels.
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
-# Images computed at once. Fewer are filled up to a power of two, so that 7 programs do for all.
+# Images computed at once. Fewer are padded to a power of two, so that 7 programs are enough.
 LARGEST_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What a network says of N images.
+    """The predictions for N images.
 
     Attributes:
         probabilities: float32[N, classes]; each row adds up to 1.
-        class_names: Of the columns.
+        class_names: Names of the columns.
     """
 
     probabilities: np.ndarray
@@ -52,14 +53,7 @@ class Predictions:
         return [self.class_names[best] for best in self.probabilities.argmax(axis=1)]
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
-        """Returns the k most probable classes of each image, the most probable first.
-
-        Args:
-            k: How many; where there are fewer classes, all of them.
-
-        Returns:
-            For each image (class name, probability) k times.
-        """
+        """Returns (class name, probability) of the top k classes of each image, or of all."""
         ranked = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
         return [
             [(self.class_names[i], float(row[i])) for i in best]
@@ -72,17 +66,17 @@ class Network:
     """A trained network; `load` opens it.
 
     Attributes:
-        folder: The run folder it comes from.
-        config: Of the run.
-        info: ``dataset.json`` of the run: what it was trained on.
+        folder: The run folder.
+        config: The config of the run.
+        info: Content of the run's ``dataset.json``: what the network was trained on.
         module: The linen network, with XLA's own operations.
-        normalize: From uint8 images to what the module takes.
-        state: The weights of the run's steps and, where they are kept, their average; the
-            optimizer's part is empty.
-        averaged: Whether the network answers with the averaged weights.
-        accuracy: Of this checkpoint on the validation images, from 0 to 1; None if unknown, as of a
-            run of many seeds, whose checkpoints are told apart by the mean.
-        replica: Which of the run's seeds it is of, counted from 0.
+        normalize: Converts uint8 images to the module's input.
+        state: The weights of the last step and, where the run keeps it, their exponential moving
+            average (EMA); without the state of the optimizer.
+        ema: Whether predictions use the EMA.
+        accuracy: Validation accuracy of this checkpoint, from 0 to 1; None if unknown, and for a
+            run of many seeds, whose checkpoints have a mean.
+        replica: Index of the network's seed among the run's seeds.
     """
 
     folder: Path
@@ -91,40 +85,38 @@ class Network:
     module: nn.Module
     normalize: augment.Normalize
     state: TrainState
-    averaged: bool
+    ema: bool
     accuracy: float | None
     replica: int
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """By label."""
+        """Names in the order of the labels."""
         return tuple(self.info["class_names"])
 
     @property
     def image_size(self) -> int:
-        """Side of the images it is given, in pixels; it may see the middle of them alone."""
+        """Side of prepared images in pixels; `normalize` may crop them to their center."""
         return int(self.info["image_shape"][0])
 
     @property
     def step(self) -> int:
-        """Steps of training that made the weights."""
+        """Training step of the weights."""
         return int(self.state.step)
 
     @functools.cached_property
-    def answering(self) -> TrainState:
-        """The state whose `variables` the network answers with."""
-        state = self.state.averaged() if self.averaged else self.state
-        return state.replace(ema={})
+    def eval_state(self) -> TrainState:
+        """The state whose `variables` predictions use."""
+        return (self.state.averaged() if self.ema else self.state).replace(ema={})
 
-    def prepare(self, given: ImageLike) -> np.ndarray:
-        """Brings one image into the form the network was trained on.
+    def prepare(self, image: ImageLike) -> np.ndarray:
+        """Converts one image, with the code that prepares training images.
 
         It is turned upright by its EXIF orientation, composed on white where it is transparent,
-        made 8-bit RGB, scaled by its short side, and cropped to its centre: the very code that
-        prepares training images.
+        made 8-bit RGB, scaled by its short side, and center-cropped.
 
         Args:
-            given: A path, a Pillow image, or an array, uint8 or uint16, [H, W], [H, W, 1],
+            image: A path, a Pillow image, or an array, uint8 or uint16, [H, W], [H, W, 1],
                 [H, W, 3] or [H, W, 4].
 
         Returns:
@@ -133,52 +125,51 @@ class Network:
         Raises:
             InputError: It cannot be read or decoded, or is none of these.
         """
-        if isinstance(given, str | os.PathLike):
-            return decode.read_image(Path(given), self.image_size)
+        if isinstance(image, str | os.PathLike):
+            return decode.read_image(Path(image), self.image_size)
         try:
-            if isinstance(given, np.ndarray):
-                given = decode.image_from_array(given)
-            if isinstance(given, Image.Image):
-                return decode.resize_and_crop(given, self.image_size)
-        except Exception as error:  # Pillow raises nearly every kind where a file is damaged.
+            if isinstance(image, np.ndarray):
+                image = decode.image_from_array(image)
+            if isinstance(image, Image.Image):
+                return decode.resize_and_crop(image, self.image_size)
+        except Exception as error:  # Pillow raises nearly every kind where a file is damaged
             raise InputError(f"An image cannot be used: {error}.") from error
         raise InputError(
-            f"An image is {show(given)}, of type {type(given).__name__}; it must be a path, a "
+            f"An image is {show(image)}, of type {type(image).__name__}; it must be a path, a "
             "Pillow image, or a NumPy array of uint8 or uint16."
         )
 
-    def predict(self, given: ImageLike | Iterable[ImageLike]) -> Predictions:
-        """Says of each image how probable each class is.
+    def predict(self, images: ImageLike | Iterable[ImageLike]) -> Predictions:
+        """Predicts the probability of each class for each image.
 
-        Of many images only `LARGEST_BATCH` are in memory at a time. The same image gets the same
-        answer, to rounding, whichever others are asked about with it.
+        Only `LARGEST_BATCH` images are in memory at a time. The predictions for an image do not
+        depend, but for rounding, on the images beside it.
 
         Args:
-            given: One image as `prepare` takes it, several in a list, or an array of several:
-                uint8[N, H, W, C].
+            images: One image as `prepare` takes it, several in an iterable, or an array of
+                several: uint8[N, H, W, C].
 
         Raises:
             InputError: An image cannot be used.
         """
-        many: Any = given
+        many: Any = images
         if (
-            isinstance(given, str | os.PathLike)
-            or (isinstance(given, np.ndarray) and given.ndim < 4)
-            or not hasattr(given, "__iter__")
+            isinstance(images, str | os.PathLike)
+            or (isinstance(images, np.ndarray) and images.ndim < 4)
+            or not hasattr(images, "__iter__")
         ):
-            many = [given]
-        found = [
-            np.asarray(jax.nn.softmax(jnp.asarray(self.logits(np.stack(chunk)))))
-            for chunk in _chunks(map(self.prepare, many), LARGEST_BATCH)
-        ]
-        nothing = np.zeros((0, len(self.class_names)), np.float32)
-        return Predictions(np.concatenate([nothing, *found]), self.class_names)
+            many = [images]
+        prepared = map(self.prepare, many)
+        found = [np.zeros((0, len(self.class_names)), np.float32)]
+        while chunk := list(islice(prepared, LARGEST_BATCH)):
+            found.append(np.asarray(jax.nn.softmax(jnp.asarray(self.logits(np.stack(chunk))))))
+        return Predictions(np.concatenate(found), self.class_names)
 
     def logits(self, prepared: np.ndarray) -> np.ndarray:
-        """Returns the unnormalised log probabilities float32[N, classes].
+        """Computes the logits float32[N, classes].
 
         Args:
-            prepared: uint8[N, S, S, 3], as `prepare` makes them.
+            prepared: uint8[N, S, S, 3], from `prepare`.
 
         Raises:
             ValueError: The images are of another shape or dtype.
@@ -194,7 +185,7 @@ class Network:
             batch = prepared[start : start + LARGEST_BATCH]
             size = 1 << (len(batch) - 1).bit_length()
             padded = np.pad(batch, [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)])
-            found.append(np.asarray(self._compiled(self.answering, padded))[: len(batch)])
+            found.append(np.asarray(self._compiled(self.eval_state, padded))[: len(batch)])
         return np.concatenate(found)
 
     @functools.cached_property
@@ -208,7 +199,7 @@ def load(
     run: str | os.PathLike[str],
     *,
     checkpoint: str | int = "newest",
-    averaged: bool = True,
+    ema: bool = True,
     seed: int | None = None,
 ) -> Network:
     """Opens the network of a run; see `alexnet_jax.load`."""
@@ -237,8 +228,8 @@ def load(
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((len(trained), *x.shape), x.dtype), shapes
         )
-    ema = config.train.ema_decay > 0
-    weights = read_weights(folder / directory.CHECKPOINTS, checkpoint, shapes, ema=ema)
+    keeps_ema = config.train.ema_decay > 0
+    weights = read_weights(folder / directory.CHECKPOINTS, checkpoint, shapes, ema=keeps_ema)
     arrays = (weights.params, weights.model_state, weights.ema)
     replica = 0 if seed is None else trained.index(seed)
     if len(trained) > 1:
@@ -260,18 +251,7 @@ def load(
             ema=average,
             key=jax.random.key(trained[replica]),
         ),
-        averaged=averaged and ema,
+        ema=ema and keeps_ema,
         accuracy=weights.accuracy if len(trained) == 1 else None,
         replica=replica,
     )
-
-
-def _chunks(items: Iterable[np.ndarray], size: int) -> Iterator[Sequence[np.ndarray]]:
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

@@ -1,4 +1,4 @@
-"""Where a network looks: which pixels its answer depends on."""
+"""Saliency maps: how much each pixel matters for a prediction."""
 
 import functools
 from typing import Any
@@ -14,7 +14,7 @@ from alexnet_jax.inference.predictor import Network
 from alexnet_jax.state import TrainState
 
 SAMPLES = 32
-NOISE = 0.15  # Standard deviation, as a share of the range of the image's values.
+NOISE = 0.15
 
 
 def smooth_grad(
@@ -26,39 +26,36 @@ def smooth_grad(
     noise: float = NOISE,
     seed: int = 0,
 ) -> np.ndarray:
-    """Works out how much each pixel moves the logit of a class.
+    """Computes SmoothGrad (Smilkov et al., 2017, "SmoothGrad: removing noise by adding noise").
 
-    SmoothGrad (Smilkov et al., 2017, "SmoothGrad: removing noise by adding noise"): the gradient of
-    the logit by the input, averaged over copies of the image with noise added; of the channels the
-    largest magnitude counts (Simonyan et al., 2013). It suits any network here, and small images:
-    a class-activation map (Grad-CAM) has the resolution of AlexNet's last convolution, which on
-    32x32 images is 4x4, and its dense layers leave no map in which classes have a place.
+    That is the gradient of a class's logit by the input, averaged over noisy copies of the image;
+    of the channels the largest magnitude counts (Simonyan et al., 2013). It suits all networks here
+    and small images: Grad-CAM has the resolution of AlexNet's last convolution, which is 4x4 for
+    images of 32x32, and the dense layers behind it leave no map per class.
 
     Args:
-        network: Of `alexnet_jax.load`.
-        prepared: uint8[N, S, S, 3], as `Network.prepare` makes them.
-        classes: int[N], the class whose logit counts, for each image.
+        network: From `alexnet_jax.load`.
+        prepared: uint8[N, S, S, 3], from `Network.prepare`.
+        classes: int[N], the class of each image whose logit counts.
         samples: Noisy copies of each image.
-        noise: Standard deviation of the noise, as a share of the range of the image's values.
-        seed: Of the noise, which is the same for all images.
+        noise: Standard deviation of the noise, as a fraction of the range of the image's values.
+        seed: Seed of the noise, which is the same for all images.
 
     Returns:
         float32[N, S, S], at least 0.
     """
-    key = jax.random.key(seed)
+    gradient = functools.partial(
+        _mean_gradient,
+        network.eval_state,
+        noise=np.float32(noise),
+        key=jax.random.key(seed),
+        samples=samples,
+        module=network.module,
+        normalize=network.normalize,
+    )
     found = np.zeros(prepared.shape[:3], np.float32)
-    for i, (image, wanted) in enumerate(zip(prepared, classes, strict=True)):
-        gradient = _mean_gradient(
-            network.answering,
-            image,
-            np.int32(wanted),
-            np.float32(noise),
-            key,
-            samples=samples,
-            module=network.module,
-            normalize=network.normalize,
-        )
-        found[i] = np.abs(gradient).max(axis=-1)
+    for i, (image, label) in enumerate(zip(prepared, classes, strict=True)):
+        found[i] = np.abs(gradient(image, np.int32(label))).max(axis=-1)
     return found
 
 
@@ -66,26 +63,23 @@ def smooth_grad(
 def _mean_gradient(
     state: TrainState,
     image: Array,
-    wanted: Array,
+    label: Array,
+    *,
     noise: Array,
     key: Array,
-    *,
     samples: int,
     module: nn.Module,
     normalize: Normalize,
 ) -> Array:
     clean = normalize(image[None])
-    spread = noise * (clean.max() - clean.min())
-    copies = clean + spread * jax.random.normal(key, (samples, *clean.shape[1:]))
+    std = noise * (clean.max() - clean.min())
+    copies = clean + std * jax.random.normal(key, (samples, *clean.shape[1:]))
 
     def logit(copies: Array) -> Array:
         logits: Any = module.apply(state.variables, copies, train=False)
-        return logits[:, wanted].sum()
+        return logits[:, label].sum()
 
     gradient = jax.grad(logit)(copies).mean(axis=0)
-    # Of an image larger than what the network sees, the middle (`data.augment.centre`); 0 around.
-    margins = [
-        whole - seen for whole, seen in zip(image.shape[:2], gradient.shape[:2], strict=True)
-    ]
-    around = [(margin // 2, margin - margin // 2) for margin in margins]
-    return jnp.pad(gradient, [*around, (0, 0)])
+    # `normalize` crops a larger image to its center; the gradient is 0 around it.
+    margins = np.subtract(image.shape, gradient.shape)
+    return jnp.pad(gradient, [(margin // 2, margin - margin // 2) for margin in margins])

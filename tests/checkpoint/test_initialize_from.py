@@ -218,18 +218,18 @@ def test_a_fine_tuned_run_is_bit_equal_when_resumed(tmp_path, monkeypatch, one_d
     assert info["start"]["step"] == 7
     assert len(info["principal_colours"]) == 3
     begun, ended = predictor.load(source), predictor.load(tmp_path / "whole")
-    for name, layer in ended.answering.params.items():
+    for name, layer in ended.eval_state.params.items():
         for key, array in layer.items():
             if name == "logits":
                 assert array.shape[-1] == 10
                 continue
-            same = (np.asarray(array) == np.asarray(begun.answering.params[name][key])).all()
+            same = (np.asarray(array) == np.asarray(begun.eval_state.params[name][key])).all()
             assert same == (not name.startswith("fc")), f"{name}/{key}"
     momenta = [
         x for x in jax.tree.leaves(saved(tmp_path / "whole", 20)["rest"]["opt_state"]) if x.ndim
     ]
     assert sum(x.size for x in momenta) == sum(
-        x.size for name in ("fc1", "fc2", "logits") for x in ended.answering.params[name].values()
+        x.size for name in ("fc1", "fc2", "logits") for x in ended.eval_state.params[name].values()
     )
 
     # The rate that each epoch should have, by the accuracies before it.

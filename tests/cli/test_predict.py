@@ -117,13 +117,13 @@ def test_the_sheet_and_the_explanations_show_the_images(run, pictures_folder, tm
     assert code == 0
     assert sorted(path.name for path in folder.iterdir()) == ["a-2.png", "a.png", "b.png"]
     with Image.open(sheet) as image, Image.open(pictures_folder / "a.png") as original:
-        side = contact_sheet._SIDE
+        side = contact_sheet.SIDE
         shown = image.crop((8, 8, 8 + side, 8 + side)).resize(
             (SIZE, SIZE), Image.Resampling.NEAREST
         )
         np.testing.assert_array_equal(np.asarray(shown), np.asarray(original))
     with Image.open(folder / "a.png") as image:
-        side = contact_sheet._LARGE_SIDE
+        side = contact_sheet.LARGE_SIDE
         shown = image.crop((8, 8, 8 + side, 8 + side)).resize(
             (SIZE, SIZE), Image.Resampling.NEAREST
         )

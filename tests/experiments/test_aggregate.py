@@ -149,7 +149,7 @@ def test_the_command_names_the_nearest_config_and_what_differs(tmp_path):
         "--workdir=runs/03-small"
     )
     (tmp_path / "common.py").write_text("SHARED = 1")  # beside configs, and none itself
-    assert "with options that no config file here has" in command(run, "three", tmp_path)
+    assert "with options that no config file here has" in command(run, "three", [tmp_path])
 
 
 def test_a_seed_that_comes_twice_is_refused(tmp_path):

@@ -147,7 +147,7 @@ def test_what_disagrees_is_not_kept(network, tmp_path, monkeypatch):
 
     def spoilt(change):
         def write(function, size, path):
-            right.write(lambda images: change(function, images), size, path)
+            return right.write(lambda images: change(function, images), size, path)
 
         monkeypatch.setitem(export.FORMATS, "wrong", right._replace(write=write))
 
@@ -186,7 +186,7 @@ def test_a_folder_is_replaced_only_when_asked_and_only_an_export(run, network, t
     assert not (new / "old").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
-    with pytest.raises(InputError, match="mine is there and is no export"):
+    with pytest.raises(InputError, match="mine exists and is not an export"):
         export.export(network, "stablehlo", tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine/thesis.tex").exists()
     assert script.main([str(run), "--format=pickle"]) == 2
@@ -210,7 +210,7 @@ def test_half_precision_is_exported_as_float32(network):
 
 def card(network):
     return model_card(
-        network, artefact="network.onnx", runtime="ONNX Runtime", difference=3e-7, command="go"
+        network, artifact="network.onnx", runtime="ONNX Runtime", difference=3e-7, command="go"
     )
 
 
@@ -219,12 +219,12 @@ def test_the_card_says_what_is_known_of_these_very_weights(run, network):
     assert "# alexnet on digits" in text
     assert "uint8[batch, 8, 8, 3]" in text
     assert "float32[batch, 10]" in text
-    assert "1,295 images to train on, 142 images to validate, 360 images to test" in text
+    assert "1,295 training images, 142 validation images, 360 test images" in text
     assert "averaged over the steps" in text
     assert "- `model.features = (8, 8)`" in text
     assert "data.test_split" not in text  # as it is by default
     assert f"validation: {100 * ACCURACIES[30]:.2f}% of 142 images" in text
-    assert "have not been measured on the test images" in text
+    assert "have not been evaluated on the test images" in text
 
     info = network.info | {"imported": "flowers.safetensors"}
     imported = card(dataclasses.replace(network, info=info))
@@ -249,11 +249,11 @@ def test_the_card_says_what_is_known_of_these_very_weights(run, network):
         assert "test: 72.00% of 360 images" in text
         assert "validation: 71.00% of 142 images" in text
         assert "Trained with jax 0.0.1" in text
-        plain = card(alexnet_jax.load(run, averaged=False))
+        plain = card(alexnet_jax.load(run, ema=False))
         assert "test: 62.00% of 360 images" in plain
         older = card(alexnet_jax.load(run, checkpoint="best"))
         assert "test:" not in older.split("## Accuracy")[1]
-        assert "have not been measured on the test images" in older
+        assert "have not been evaluated on the test images" in older
         for part in parts.values():
             part |= {"accuracy_each": [0.9, 0.7], "loss_each": [0.1, 0.3], "confusion": [[720]]}
         directory.write_json(run / "results.json", results)

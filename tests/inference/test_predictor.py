@@ -76,13 +76,13 @@ def everything(folder):
 def test_the_newest_and_the_best_checkpoint_and_any_other_can_be_had(made):
     run, states = made
     for which, step in (("newest", 30), ("best", 10), (20, 20)):
-        for averaged in (True, False):
-            found = alexnet_jax.load(run, checkpoint=which, averaged=averaged)
-            assert (found.step, found.averaged) == (step, averaged)
+        for ema in (True, False):
+            found = alexnet_jax.load(run, checkpoint=which, ema=ema)
+            assert (found.step, found.ema) == (step, ema)
             assert found.accuracy == ACCURACIES[step]
-            right = states[step].averaged() if averaged else states[step]
+            right = states[step].averaged() if ema else states[step]
             for array, wanted in zip(
-                jax.tree.leaves(found.answering.variables),
+                jax.tree.leaves(found.eval_state.variables),
                 jax.tree.leaves(right.variables),
                 strict=True,
             ):
@@ -332,10 +332,16 @@ def test_the_company_of_an_image_does_not_change_its_answer(network, test_set):
 
 
 def test_few_programs_do_for_all_numbers_of_images(run):
-    network = alexnet_jax.load(run)
+    network, compiled = alexnet_jax.load(run), []
+
+    def normalize(images):  # called where a program is traced
+        compiled.append(len(images))
+        return network.normalize(images)
+
+    counting = dataclasses.replace(network, normalize=normalize)
     for count in range(1, 10):
-        network.logits(np.zeros((count, SIZE, SIZE, 3), np.uint8))
-    assert network._compiled._cache_size() == 5  # 1, 2, 4, 8, 16
+        counting.logits(np.zeros((count, SIZE, SIZE, 3), np.uint8))
+    assert compiled == [1, 2, 4, 8, 16]
 
 
 def test_top_by_hand():
@@ -434,7 +440,7 @@ def test_the_saliency_of_a_linear_network_is_its_weights(network):
     module = Linear()
     variables = module.init(jax.random.key(0), np.zeros((1, 4, 4, 3)), train=False)
     state = network.state.replace(params=variables["params"], model_state={}, ema={})
-    linear = dataclasses.replace(network, module=module, state=state, averaged=False)
+    linear = dataclasses.replace(network, module=module, state=state, ema=False)
     images = DRAW.integers(0, 256, (2, 4, 4, 3), np.uint8)
     found = saliency.smooth_grad(linear, images, np.array([2, 0]), samples=4)
     kernel = np.asarray(variables["params"]["Dense_0"]["kernel"]).reshape(4, 4, 3, 3)
@@ -451,9 +457,9 @@ def test_the_saliency_of_a_linear_network_is_its_weights(network):
 
 
 def test_long_names_are_cut_in_their_middle():
-    font = contact_sheet._font(12)
-    cut = contact_sheet._cut("a_very_long_name_of_a_picture_0001.png", font, 100)
+    font = contact_sheet.font(12)
+    cut = contact_sheet.shorten("a_very_long_name_of_a_picture_0001.png", font, 100)
     assert font.getlength(cut) <= 100
     assert cut.startswith("a_ve")
     assert cut.endswith(".png")
-    assert contact_sheet._cut("short", font, 100) == "short"
+    assert contact_sheet.shorten("short", font, 100) == "short"

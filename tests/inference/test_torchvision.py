@@ -19,8 +19,9 @@ from torch import nn
 
 from alexnet_jax.errors import InputError
 from alexnet_jax.inference.torchvision import (
-    DEVIATION,
     MEAN,
+    STD,
+    default_class_names,
     from_torchvision,
     read_state_dict,
     to_torchvision,
@@ -113,7 +114,7 @@ def test_scripts_take_a_file_to_a_run_and_back(twin, state_dict, suffix, tmp_pat
     assert f" --config=finetune:{run} " in capsys.readouterr().out
     info = json.loads((run / "dataset.json").read_text())
     assert info["class_names"] == [f"class_{label}" for label in range(CLASSES)]
-    assert (tuple(info["mean"]), tuple(info["deviation"])) == (MEAN, DEVIATION)
+    assert (tuple(info["mean"]), tuple(info["deviation"])) == (MEAN, STD)
     assert script("export_torchvision").main([str(run), str(again)]) == 0
     exported = read_state_dict(again)
     assert list(exported) == list(state_dict) or suffix == ".safetensors"
@@ -122,7 +123,7 @@ def test_scripts_take_a_file_to_a_run_and_back(twin, state_dict, suffix, tmp_pat
     if suffix == ".pth":
         twin.load_state_dict(torch.load(again, weights_only=True))
     assert script("export_torchvision").main([str(run), str(again)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert f"{again} exists" in capsys.readouterr().err
 
 
 def test_an_imported_run_answers_as_pytorch_does(twin, state_dict, tmp_path):
@@ -139,15 +140,13 @@ def test_an_imported_run_answers_as_pytorch_does(twin, state_dict, tmp_path):
     images = torch.tensor(pixels).permute(0, 3, 1, 2) / 255
     images = images[:, :, 16:240, 16:240] - torch.tensor(MEAN).reshape(3, 1, 1)
     with torch.no_grad():
-        theirs = twin(images / torch.tensor(DEVIATION).reshape(3, 1, 1)).numpy()
+        theirs = twin(images / torch.tensor(STD).reshape(3, 1, 1)).numpy()
     ours = network.logits(pixels)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
 
 
 def test_a_thousand_classes_have_the_synsets_of_imagenet():
-    from alexnet_jax.inference.torchvision import _class_names
-
-    names = _class_names(1000)
+    names = default_class_names(1000)
     assert len(set(names)) == 1000
     assert (names[0], names[1], names[-1]) == ("n01440764", "n01443537", "n15075141")
 
@@ -271,17 +270,17 @@ def truncated(tmp_path, state_dict):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (bomb, "is no file of weights"),
-        (old_bomb, "is no file of weights"),
-        (whole_module, "is no file of weights"),
+        (bomb, "is not a file of weights"),
+        (old_bomb, "is not a file of weights"),
+        (whole_module, "is not a file of weights"),
         (compressed, "it is compressed"),
         (expanded, "describes more numbers than it holds"),
         (not_arrays, "'features.0.weight' is a list"),
         (a_list, "it holds a list"),
-        (noise, "is no file of weights"),
-        (empty, "is no file of weights"),
-        (nothing, r"is no file of weights \(No such file"),
-        (truncated, "is no file of weights"),
+        (noise, "is not a file of weights"),
+        (empty, "is not a file of weights"),
+        (nothing, r"is not a file of weights \(No such file"),
+        (truncated, "is not a file of weights"),
     ],
 )
 def test_what_is_no_state_dict_is_refused_in_a_sentence(
@@ -302,7 +301,7 @@ def test_what_is_no_state_dict_is_refused_in_a_sentence(
 def test_damaged_safetensors_are_refused(tmp_path, state_dict, damage):
     file = tmp_path / "w.safetensors"
     file.write_bytes(damage(safetensors.numpy.save(state_dict)))
-    with pytest.raises(InputError, match="is no file of weights"):
+    with pytest.raises(InputError, match="is not a file of weights"):
         read_state_dict(file)
 
 
@@ -350,4 +349,4 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, state_dict, capsys):
 def test_an_import_leaves_what_is_there_alone(tmp_path, state_dict, capsys):
     write_state_dict(state_dict, tmp_path / "in.pth")
     assert script("import_torchvision").main([str(tmp_path / "in.pth"), str(tmp_path)]) == 2
-    assert "no empty folder" in capsys.readouterr().err
+    assert "not an empty folder" in capsys.readouterr().err
