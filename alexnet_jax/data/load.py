@@ -93,12 +93,7 @@ def _load(config: Config, mesh: Mesh) -> RunData:
         labels = _labels(source, fraction)
     first, second = stratified_split(labels, fraction)
     _check_sizes(config, len(first), len(second))
-
-    if config.num_seeds > 1 and not in_memory:
-        raise InputError(
-            f"config.num_seeds is {config.num_seeds}, and the images are streamed, in one order; "
-            "many seeds need them on the devices (config.data.in_memory), or a run each."
-        )
+    _check_seeds(config, in_memory)
     reader = Reader(options.workers, options.prefetch, mesh)
     train: InMemoryDataset | StreamedDataset
     schedule = {
@@ -210,6 +205,14 @@ def _check_sizes(config: Config, train: int, validation: int) -> None:
     if not config.eval.test:
         raise InputError(f"{what}; raise it: a run with config.eval.test False is judged by them.")
     log.warning("%s: nothing is evaluated before the end.", what)
+
+
+def _check_seeds(config: Config, in_memory: bool) -> None:
+    if config.num_seeds > 1 and not in_memory:
+        raise InputError(
+            f"config.num_seeds is {config.num_seeds}, and the images are streamed, in one order; "
+            "many seeds need them on the devices (config.data.in_memory), or a run each."
+        )
 
 
 def _less_than_an_image(fraction: float, name: str) -> str:
