@@ -22,15 +22,10 @@ TABLE, FIGURE, PAGE = "table.md", "comparison.png", "comparison.html"
 
 
 class Entry(NamedTuple):
-    """One of the compared configs.
+    """One of the compared configs."""
 
-    Attributes:
-        name: Of its row and its run folder.
-        config: Path of the config file, with an optional argument after a colon.
-    """
-
-    name: str
-    config: str
+    name: str  # of its row and its run folder
+    config: str  # path or name of the config file, with an optional argument after a colon
 
     def runs(
         self, workdir: Path, seeds: int, separately: bool

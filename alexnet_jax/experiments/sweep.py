@@ -76,8 +76,7 @@ def opened(sweep: Sweep) -> Iterator[optuna.Study]:
     """Creates or resumes the study of a sweep; no other process can until the context ends.
 
     Raises:
-        InputError: The folder cannot be written, holds something else or another sweep, or is in
-            use.
+        InputError: The folder cannot be written, is in use, or holds anything else.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = sweep.folder
@@ -134,19 +133,12 @@ def _check_search(sweep: Sweep) -> None:
 
 @dataclasses.dataclass
 class Sweeper:
-    """Trains the trials of a sweep, several at a time.
-
-    Attributes:
-        sweep: What is searched.
-        study: Its study, from `opened`.
-        workers: Trials trained at once; where there are GPUs, each has its own.
-        keep_checkpoints: Whether all trials keep their checkpoints, and not only the best.
-    """
+    """Trains the trials of a sweep, several at a time."""
 
     sweep: Sweep
-    study: optuna.Study
-    workers: int
-    keep_checkpoints: bool = False
+    study: optuna.Study  # from `opened`
+    workers: int  # trials trained at once; where there are GPUs, each has its own
+    keep_checkpoints: bool = False  # of all trials, and not only of the best
 
     def __post_init__(self) -> None:
         self._environments: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
@@ -159,8 +151,7 @@ class Sweeper:
     def run(self, trials: int) -> bool:
         """Trains until so many trials have ended, over all sessions, or until asked to stop.
 
-        Returns:
-            Whether they have ended; False if it was stopped, and can be resumed.
+        Returns whether they have ended.
 
         Raises:
             InputError: The first trials all failed.

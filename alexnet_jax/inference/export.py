@@ -230,16 +230,13 @@ def _check_output(folder: Path, overwrite: bool) -> None:
 
 
 def check(runner: Runner, function: Function, size: int, kind: str) -> float:
-    """Compares the probabilities of an artifact with those of the network, on synthetic images.
+    """Returns the largest difference between the probabilities of an artifact and of the network.
 
     Args:
         runner: The artifact in its runtime.
         function: The network.
-        size: Side of the images in pixels.
+        size: Side of synthetic images, in pixels.
         kind: The format, for the message.
-
-    Returns:
-        The largest difference.
 
     Raises:
         InputError: A difference is too large.

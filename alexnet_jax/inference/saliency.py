@@ -13,17 +13,14 @@ from alexnet_jax.data.augment import Normalize
 from alexnet_jax.inference.predictor import Network
 from alexnet_jax.state import TrainState
 
-SAMPLES = 32
-NOISE = 0.15
-
 
 def smooth_grad(
     network: Network,
     prepared: np.ndarray,
     classes: np.ndarray,
     *,
-    samples: int = SAMPLES,
-    noise: float = NOISE,
+    samples: int = 32,
+    noise: float = 0.15,
     seed: int = 0,
 ) -> np.ndarray:
     """Computes SmoothGrad (Smilkov et al., 2017, "SmoothGrad: removing noise by adding noise").

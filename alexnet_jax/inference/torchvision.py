@@ -96,14 +96,7 @@ def _listed(names: list[str]) -> str:
 
 
 def from_torchvision(state_dict: Arrays) -> dict[str, dict[str, np.ndarray]]:
-    """Converts a state dict to the parameters of `AlexNetOWT`.
-
-    Args:
-        state_dict: float32 arrays by their names in torchvision.
-
-    Raises:
-        InputError: As `widths`.
-    """
+    """Converts a state dict, which `widths` checks, to the parameters of `AlexNetOWT`."""
     widths(state_dict)
     params = {}
     for layer, (name, kernel) in LAYERS.items():
@@ -155,11 +148,8 @@ def to_torchvision(params: Any) -> dict[str, np.ndarray]:
 def check_model(config: Any) -> None:
     """Rejects a network that has torchvision's parameters and computes something else with them.
 
-    Args:
-        config: The section `config.model` of a run.
-
     Raises:
-        InputError: Names the option, and what torchvision has.
+        InputError: Names an option of the section `config.model`, and its value in torchvision.
     """
     for key, value in default_config("alexnet_owt").model.items():
         if key not in _WITHOUT_EFFECT and config.get(key, "absent") != value:
@@ -176,13 +166,12 @@ def import_run(
     """Makes a run folder, at step 0, of weights of torchvision's AlexNet.
 
     Args:
-        path: File of the weights; see `read_state_dict`.
+        path: A file for `read_state_dict`.
         workdir: A folder that does not exist, or is empty.
-        class_names: Names in the order of the labels. By default the synsets of ImageNet for 1,000
-            classes, else class_0, class_1, and so on.
+        class_names: Names in the order of the labels; () stands for `default_class_names`.
 
     Returns:
-        The widths, as `widths`.
+        What `widths` returns.
 
     Raises:
         InputError: The file, the folder or the names cannot be used.
@@ -207,8 +196,7 @@ def import_run(
     config.data.name, config.data.test_split = "imagenet2012", "validation"
     config.data.image_size, config.data.crop_size = 256, 224
     config.augment.crop_padding = 0
-    # An optimizer without arrays, for nothing has been trained here.
-    config.optimizer.name, config.optimizer.momentum = "sgd", 0.0
+    config.optimizer.name, config.optimizer.momentum = "sgd", 0.0  # which has no state
     config.optimizer.nesterov = False
     validate(config)
     info = {
