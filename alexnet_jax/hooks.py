@@ -174,7 +174,7 @@ class Save:
     def decide(self, info: StepInfo) -> None:
         """Sets `save` and `preempted`; a hook that comes first."""
         self._checkpoints.open()  # while the device computes
-        self._checkpoints.look()
+        self._checkpoints.poll()
         due = 0 < self._every_seconds <= time.monotonic() - self._last
         info.preempted, due = self._any_process(self.stop_requested(), due)
         info.save = info.epoch_ends or due or info.preempted

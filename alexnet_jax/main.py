@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from alexnet_jax.cli import common
+from alexnet_jax.cli.quiet import silence_orbax
 from alexnet_jax.errors import EXIT_CTRL_C, Diverged, InputError, Interrupted, SaveFailed
 
 
@@ -33,6 +34,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # absl lets every library talk at INFO, such as JAX of the backends that it did not find.
         logging.getLogger("jax").setLevel(logging.WARNING)
         notes = environment.prepare()
+        silence_orbax()
         with initialize.initialized(flags) as process:
             if process:
                 writers.log_to_terminal(level=logging.WARNING)

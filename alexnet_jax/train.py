@@ -96,7 +96,7 @@ def _train(
     config: Config, folder: RunDirectory, mesh: Mesh, user_hooks: Sequence[Hook]
 ) -> dict[str, Any]:
     data = load_data(config, mesh)
-    source = initialize_from.open_start(config, folder.path)
+    source = initialize_from.read_initial_weights(config, folder.path)
     data = data._replace(info=data.info | source.info)
     folder.check_dataset(data.info)
     trainer = Trainer.create(config, data, mesh)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alexnet_jax import ops, seeds, steps
 from alexnet_jax.checkpoint import checksums
-from alexnet_jax.checkpoint.initialize_from import Start
+from alexnet_jax.checkpoint.initialize_from import InitialWeights
 from alexnet_jax.checkpoint.manager import Checkpoints
 from alexnet_jax.config import Config
 from alexnet_jax.data.augment import Augment, create_augment, create_normalize
@@ -179,7 +179,7 @@ def _learning_rate(config: Config, schedule: optax.Schedule, state: TrainState, 
 
 
 def restore_or_init(
-    trainer: Trainer, checkpoints: Checkpoints, data: RunData, source: Start
+    trainer: Trainer, checkpoints: Checkpoints, data: RunData, source: InitialWeights
 ) -> tuple[TrainState, dict[str, Any]]:
     """Returns the state of the newest readable checkpoint, or of step 0, alike in all processes.
 
@@ -200,7 +200,7 @@ def restore_or_init(
             mean, std = data.info["mean"], data.info["deviation"]
             variables = measure_fixed(trainer.model, data.examples, mean, std)
             if source.variables:
-                fitting = source.fitting(trainer.variables_of_one(shapes()))
+                fitting = source.select(trainer.variables_of_one(shapes()))
                 variables |= sharding.place(
                     fitting, NamedSharding(trainer.sharding.mesh, PartitionSpec())
                 )

@@ -359,10 +359,12 @@ def torture_by_damage(tries: int, rng: random.Random, folder: Path) -> dict[str,
 
     from alexnet_jax import config, models, state
     from alexnet_jax.checkpoint.manager import Checkpoints
+    from alexnet_jax.cli.quiet import silence_orbax
     from alexnet_jax.distributed import sharding
     from alexnet_jax.errors import InputError
     from alexnet_jax.optim import optimizers
 
+    silence_orbax()
     started = time.monotonic()
     options = config.default_config()
     options.update_from_flattened_dict(_OPTIONS)

@@ -444,7 +444,9 @@ def test_a_run_whose_newest_checkpoint_is_damaged_is_bit_equal(whole_run, config
 def test_a_run_that_has_lost_all_checkpoints_does_not_begin_anew(config, unfinished):
     shutil.rmtree(unfinished / "checkpoints")
     before = (unfinished / "metrics.jsonl").read_bytes()
-    with pytest.raises(InputError, match="is empty, and held step 30 of this run; put back a copy"):
+    with pytest.raises(
+        InputError, match="is empty, and held step 30 of this run; restore it from a copy"
+    ):
         train.run(config, unfinished)
     assert (unfinished / "metrics.jsonl").read_bytes() == before
 
@@ -519,10 +521,10 @@ def test_on_a_full_disk_a_run_trains_on_and_ends_with_a_sentence(data_dir, tmp_p
     )
     assert done.returncode == 74, done.stderr
     assert "Traceback" not in done.stderr
-    assert "Checkpoint 2 could not be saved (File too large); the run goes on" in done.stderr
+    assert "Checkpoint 2 could not be saved (File too large); training continues" in done.stderr
     assert re.search(
-        r"error: the last checkpoint, of step 4, .*\(File too large\); none is saved\. Mend that "
-        "and give the same command again",
+        r"error: the last checkpoint, of step 4, .*\(File too large\); none is saved\. Fix this "
+        "and rerun the same command",
         done.stderr,
     )
     assert records(tmp_path / "run")[-1]["step"] == 4

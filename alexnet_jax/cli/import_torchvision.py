@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Sequence
 
 from alexnet_jax.cli import common
+from alexnet_jax.cli.quiet import silence_orbax
 from alexnet_jax.errors import InputError
 
 
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     from alexnet_jax.inference import torchvision  # imports JAX, as --help does not
 
     class_names = tuple(name.strip() for name in names if name.strip())
+    silence_orbax()
     found = torchvision.import_run(options.file, options.workdir, class_names)
     config = shlex.quote(f"--config=finetune:{options.workdir}")
     print(

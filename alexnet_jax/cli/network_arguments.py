@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from alexnet_jax.cli.quiet import silence_orbax
+
 if TYPE_CHECKING:
     from alexnet_jax.inference.predictor import Network
 
@@ -34,10 +36,9 @@ def open_network(options: argparse.Namespace) -> "Network":
         InputError: As from `alexnet_jax.load`.
     """
     from alexnet_jax import environment  # import JAX, as --help does not
-    from alexnet_jax.checkpoint import manager
     from alexnet_jax.inference import predictor
 
     environment.prepare()
-    manager.quieten_orbax()
+    silence_orbax()
     ema = not getattr(options, "no_ema", False)
     return predictor.load(options.run, checkpoint=options.checkpoint, ema=ema, seed=options.seed)

@@ -16,13 +16,10 @@ from jax import Array
 from ml_collections import ConfigDict
 from PIL import Image
 
-from alexnet_jax import seeds, steps
-from alexnet_jax.checkpoint.reader import read_weights
+from alexnet_jax import steps
+from alexnet_jax.checkpoint.reader import read_network
 from alexnet_jax.data import augment, decode
-from alexnet_jax.data.options import input_size
 from alexnet_jax.errors import InputError, show
-from alexnet_jax.models import create_model
-from alexnet_jax.run import directory
 from alexnet_jax.state import TrainState
 
 # One image, or an array of many: a path, a Pillow image, or uint8 or uint16 pixels.
@@ -203,55 +200,12 @@ def load(
     seed: int | None = None,
 ) -> Network:
     """Opens the network of a run; see `alexnet_jax.load`."""
-    try:
-        folder = Path(run).expanduser().absolute()
-        there = folder.is_dir()
-    except (RuntimeError, ValueError):  # ~name of nobody, or a zero byte
-        there = False
-    if not there:
-        raise InputError(
-            f"the run folder {os.fspath(run)} is not there; name one, e.g. runs/digits."
-        )
-    config = directory.read_config(folder)
-    info = directory.read_dataset(folder)
-    module = create_model(config.model, num_classes=len(info["class_names"]))
-    side = input_size(config.data)
-    blank = jnp.zeros((1, side, side, 3))
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), blank, train=False))
-    trained = seeds.numbers(config.seed, config.num_seeds)
-    if seed is not None and seed not in trained:
-        raise InputError(
-            f"the run in {folder} has no network of seed {show(seed)}; it has {trained[0]}"
-            + (f" to {trained[-1]}." if len(trained) > 1 else ".")
-        )
-    if len(trained) > 1:
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((len(trained), *x.shape), x.dtype), shapes
-        )
-    keeps_ema = config.train.ema_decay > 0
-    weights = read_weights(folder / directory.CHECKPOINTS, checkpoint, shapes, ema=keeps_ema)
-    arrays = (weights.params, weights.model_state, weights.ema)
-    replica = 0 if seed is None else trained.index(seed)
-    if len(trained) > 1:
-        arrays = seeds.pick(arrays, replica)
-    params, model_state, average = arrays
+    saved = read_network(run, checkpoint, seed)
+    info, config = saved.info, saved.config
     return Network(
-        folder=folder,
-        config=config,
-        info=info,
-        module=module,
+        **saved._asdict(),
         normalize=augment.create_normalize(
             tuple(info["mean"]), tuple(info["deviation"]), config.data.crop_size
         ),
-        state=TrainState(
-            step=jnp.int32(weights.step),
-            params=params,
-            model_state=model_state,
-            opt_state=(),
-            ema=average,
-            key=jax.random.key(trained[replica]),
-        ),
-        ema=ema and keeps_ema,
-        accuracy=weights.accuracy if len(trained) == 1 else None,
-        replica=replica,
+        ema=ema and config.train.ema_decay > 0,
     )

@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import shutil
-import sys
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,9 +19,12 @@ import pytest
 
 from alexnet_jax.checkpoint import checksums, manager
 from alexnet_jax.checkpoint.manager import Checkpoints
+from alexnet_jax.cli.quiet import silence_orbax
 from alexnet_jax.distributed import sharding
 from alexnet_jax.errors import InputError, SaveFailed
 from alexnet_jax.state import TrainState
+
+silence_orbax()  # what saves that fail leave behind is printed when pytest ends
 
 PROGRESS = {"train_seconds": 1.5}
 ALL = sharding.replicated(sharding.make_mesh())
@@ -290,7 +292,7 @@ def rewrite(folder, change):
 
 def seal(content):
     content.pop("checksum")
-    return checksums.sealed(content)
+    return checksums.seal(content)
 
 
 def other_checksum(content):
@@ -354,7 +356,9 @@ def test_a_damaged_accuracy_makes_no_best(open_checkpoints, tmp_path, caplog, te
     save(checkpoints, 1, accuracy=0.5)
     save(checkpoints, 2, accuracy=0.7)
     (tmp_path / "checkpoints" / "1" / "metrics" / "metrics").write_text(text)
-    assert open_checkpoints().best_step == 2
+    checkpoints = open_checkpoints()
+    checkpoints.open()
+    assert checkpoints.best_step == 2
     assert "the accuracy of checkpoint 1 is damaged" in caplog.text
 
 
@@ -368,13 +372,14 @@ def test_all_gone_is_no_new_run(open_checkpoints, one_and_two, tmp_path, lost):
 
 def test_what_a_kill_left_half_written_goes_away(open_checkpoints, tmp_path):
     save(open_checkpoints(), 1)
-    stale = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
-    shutil.copytree(tmp_path / "checkpoints" / "1", stale)
+    stale = [tmp_path / "checkpoints" / f"{step}.orbax-checkpoint-tmp" for step in (2, 3)]
+    for path in stale:
+        shutil.copytree(tmp_path / "checkpoints" / "1", path)
     checkpoints = open_checkpoints()
     restored, _ = checkpoints.restore(make_state, ALL)
     assert_same(restored, make_state(1))
-    assert not stale.exists()
     save(checkpoints, 2)
+    assert not any(path.exists() for path in stale)
     assert on_disk(tmp_path) == [1, 2]
 
 
@@ -462,7 +467,7 @@ def wait_for_the_save(checkpoints, caplog):
     deadline = time.monotonic() + 60
     while "could not be saved" not in caplog.text:
         assert time.monotonic() < deadline
-        checkpoints.look()
+        checkpoints.poll()
         time.sleep(0.01)
 
 
@@ -486,21 +491,21 @@ def test_a_save_that_fails_is_said_and_the_next_stands_in(
     assert on_disk(tmp_path) == [1, 2]
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
     save(checkpoints, 5)
-    assert "Checkpoint 5 is saved; all is well again." in caplog.text
+    assert "Checkpoint 5 is saved; the disk can be written again." in caplog.text
     assert on_disk(tmp_path) == [2, 5]
     restored, _ = open_checkpoints().restore(make_state, ALL)
     assert_same(restored, make_state(5))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_the_last_save_is_tried_again(open_checkpoints, monkeypatch, trouble):
+def test_the_last_save_is_tried_again(open_checkpoints, monkeypatch, caplog, trouble):
     checkpoints = open_checkpoints()
     save(checkpoints, 1)
     state = make_state(2)
     with ExitStack() as stack:
         stack.enter_context(trouble())
         checkpoints.save(state, PROGRESS)
-        checkpoints._settle()
+        wait_for_the_save(checkpoints, caplog)
         monkeypatch.setattr(manager.time, "sleep", lambda _: stack.close())  # there is room
         checkpoints.finish()
     restored, _ = open_checkpoints().restore(make_state, ALL)
@@ -517,15 +522,6 @@ def test_a_last_save_that_never_succeeds_is_an_error(
     state = make_state(2)
     with trouble():
         checkpoints.save(state, PROGRESS)
-        with pytest.raises(SaveFailed, match=r"of step 2, could not .* is of step 1\. Mend"):
+        with pytest.raises(SaveFailed, match=r"of step 2, could not .* is of step 1\. Fix this"):
             checkpoints.finish()
     assert on_disk(tmp_path) == [1]
-
-
-def test_what_a_failed_save_leaves_behind_stays_off_the_terminal(tmp_path, capsys):
-    """It may end after the folder is let go; on a busy machine it does."""
-    Checkpoints(tmp_path / "checkpoints").close()
-    sys.excepthook(RuntimeError, RuntimeError("Event loop is closed"), None)
-    assert capsys.readouterr().err == ""
-    sys.excepthook(RuntimeError, RuntimeError("of another kind"), None)
-    assert "of another kind" in capsys.readouterr().err
