@@ -28,7 +28,7 @@ ORDER_STREAM, STEP_STREAM, RUN_STREAM = 0, 1, 2
 
 
 def order_key(key: Array) -> Array:
-    """Returns the key of `sampling.epoch_order` of a run, or R of them for the keys[R] of replicas."""
+    """Returns the key of `sampling.epoch_order` of a run, or R of them for keys[R]."""
     derive = functools.partial(jax.random.fold_in, data=ORDER_STREAM)
     return jax.vmap(derive)(key) if key.ndim else derive(key)
 

@@ -21,10 +21,10 @@ def get_config(run: str = "") -> ConfigDict:
     if run:
         start = directory.read_config(Path(run).expanduser())
         config = default_config(start.model.name)
-        config.model.update(start.model)
+        config.model.update(start.model.fields)
         for key in ("image_size", "crop_size", "normalization"):
-            config.data[key] = start.data[key]
-        config.augment.update(start.augment)
+            config.data[key] = getattr(start.data, key)
+        config.augment.update(vars(start.augment))
         config.init.from_run = run
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 3e-4

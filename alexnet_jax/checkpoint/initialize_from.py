@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
-from ml_collections import ConfigDict
 
 from alexnet_jax.checkpoint import checksums
 from alexnet_jax.checkpoint.reader import read_network
-from alexnet_jax.config import flatten
+from alexnet_jax.config import Config, flatten
 from alexnet_jax.errors import InputError
 from alexnet_jax.run import directory
 
@@ -80,7 +79,7 @@ class InitialWeights:
         return unflatten_dict(selected, sep="/")
 
 
-def read_initial_weights(config: ConfigDict, folder: Path) -> InitialWeights:
+def read_initial_weights(config: Config, folder: Path) -> InitialWeights:
     """Reads the weights that `config.init` names, unless the run has already saved its own.
 
     Args:

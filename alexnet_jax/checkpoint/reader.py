@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from ml_collections import ConfigDict
 
 from alexnet_jax import seeds
 from alexnet_jax.checkpoint import checksums
+from alexnet_jax.config import Config
 from alexnet_jax.data.options import input_size
 from alexnet_jax.errors import InputError, show
 from alexnet_jax.models import create_model
@@ -46,7 +46,7 @@ class SavedNetwork(NamedTuple):
     """
 
     folder: Path
-    config: ConfigDict
+    config: Config
     info: dict[str, Any]
     module: nn.Module
     state: TrainState

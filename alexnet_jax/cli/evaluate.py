@@ -9,6 +9,7 @@ Examples:
   alexnet-jax evaluate runs/cifar10 --data.name=cifar10_jpeg --json=- | jq .results
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,11 +48,9 @@ def main(arguments: Sequence[str]) -> None:
     from alexnet_jax.run import files
 
     network = open_network(options)
-    data = network.config.data.copy_and_resolve_references()
-    for key in ("name", "data_dir"):
-        given = getattr(options, f"data.{key}")
-        if given is not None:
-            data[key] = given
+    given = {key: getattr(options, f"data.{key}") for key in ("name", "data_dir")}
+    given = {key: value for key, value in given.items() if value is not None}
+    data = dataclasses.replace(network.config.data, **given)
     evaluation = evaluate_network(network, options.split, data, options.tta)
     numbers = _numbers(network, evaluation)
     if options.json == Path("-"):

@@ -65,7 +65,7 @@ def evaluate_network(
                 )
         config = dataclasses.replace(config, data=data)
     if tta is not None:
-        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, tta=tta))
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, tta=tta))  # type: ignore[arg-type]
     mesh = sharding.make_mesh()
     opened = load_split(config, mesh, split)
     if opened.class_names != network.class_names:

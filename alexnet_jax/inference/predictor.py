@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
-from ml_collections import ConfigDict
 from PIL import Image
 
 from alexnet_jax import steps
 from alexnet_jax.checkpoint.reader import read_network
+from alexnet_jax.config import Config
 from alexnet_jax.data import augment, decode
 from alexnet_jax.errors import InputError, show
 from alexnet_jax.state import TrainState
@@ -77,7 +77,7 @@ class Network:
     """
 
     folder: Path
-    config: ConfigDict
+    config: Config
     info: dict[str, Any]
     module: nn.Module
     normalize: augment.Normalize

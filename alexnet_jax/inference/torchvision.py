@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 
 from alexnet_jax.checkpoint.manager import Checkpoints
-from alexnet_jax.config import default_config, validate
+from alexnet_jax.config import ModelConfig, default_config, validate
 from alexnet_jax.errors import InputError, show
 from alexnet_jax.optim.optimizers import create_optimizer, create_schedule
 from alexnet_jax.run import directory, files
@@ -145,16 +145,17 @@ def to_torchvision(params: Any) -> dict[str, np.ndarray]:
     return state_dict
 
 
-def check_model(config: Any) -> None:
+def check_model(config: ModelConfig) -> None:
     """Rejects a network that has torchvision's parameters and computes something else with them.
 
     Raises:
         InputError: Names an option of the section `config.model`, and its value in torchvision.
     """
+    fields = {"name": config.name, **config.fields}
     for key, value in default_config("alexnet_owt").model.items():
-        if key not in _WITHOUT_EFFECT and config.get(key, "absent") != value:
+        if key not in _WITHOUT_EFFECT and fields.get(key, "absent") != value:
             raise InputError(
-                f"config.model.{key} of the run is {show(config.get(key, 'absent'))}, and "
+                f"config.model.{key} of the run is {show(fields.get(key, 'absent'))}, and "
                 f"{show(value)} in torchvision's AlexNet, which would predict otherwise with the "
                 "same weights."
             )

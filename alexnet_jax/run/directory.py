@@ -345,7 +345,7 @@ def read_options(folder: Path) -> dict[str, Any] | None:
     return None if options is None else migrate(options)
 
 
-def read_config(folder: Path) -> ConfigDict:
+def read_config(folder: Path) -> Config:
     """Reads the config of a run. An option that is newer than the run has its default.
 
     Raises:
@@ -366,13 +366,12 @@ def read_config(folder: Path) -> ConfigDict:
             section, _, name = key.rpartition(".")
             # JSON has lists for tuples; ConfigDict rejects any other change of type.
             (config[section] if section else config)[name] = _tuples(value)
-        validate(config)
+        return validate(config)
     except (InputError, TypeError) as error:
         text = str(error).rstrip(".")
         raise InputError(
             f"{folder / CONFIG} cannot be used here ({text}); use the code that wrote it."
         ) from None
-    return config
 
 
 def read_dataset(folder: Path) -> dict[str, Any]:

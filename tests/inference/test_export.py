@@ -257,8 +257,7 @@ def test_the_card_says_what_is_known_of_these_very_weights(run, network):
         for part in parts.values():
             part |= {"accuracy_each": [0.9, 0.7], "loss_each": [0.1, 0.3], "confusion": [[720]]}
         directory.write_json(run / "results.json", results)
-        config = network.config.copy_and_resolve_references()
-        config.num_seeds = 2
+        config = dataclasses.replace(network.config, num_seeds=2)
         second = card(dataclasses.replace(network, config=config, replica=1))
         assert "test: 70.00% of 360 images, cross-entropy 0.3000 nats" in second
     finally:

@@ -383,8 +383,7 @@ def test_loss_accuracy_and_confusion_are_those_of_the_answers(network, made, tes
 def test_parts_of_splits_and_streams_can_be_measured(network):
     half = evaluation.evaluate_network(network, "test[:50%]")
     assert half.images == 180 == half.results["test[:50%]"]["confusion"].sum()
-    data = network.config.data.copy_and_resolve_references()
-    data.in_memory, data.workers = "off", 0
+    data = dataclasses.replace(network.config.data, in_memory="off", workers=0)
     streamed = evaluation.evaluate_network(network, "train", data)
     assert streamed.images == 1295 == streamed.results["train"]["confusion"].sum()
     resident = evaluation.evaluate_network(network, "train")
@@ -409,20 +408,15 @@ def test_other_data_are_measured_only_where_they_fit(network):
     for split in ("test", "validation", "test[:10]"):
         with pytest.raises(InputError, match=r"have changed since the run .* they were others"):
             evaluation.evaluate_network(other, split)
-    data = network.config.data.copy_and_resolve_references()
-    data.image_size += 1
+    data = dataclasses.replace(network.config.data, image_size=9)
     with pytest.raises(InputError, match=r"image_size is 9; the network was trained with 8"):
         evaluation.evaluate_network(network, data=data)
     renamed = changed(other, name="another")
     assert evaluation.evaluate_network(renamed, "test[:10]").images == 10
-    network.config.data.validation_fraction, before = 0.0, network.config.data.validation_fraction
-    try:
-        for too_small in (0.0, 0.003):
-            network.config.data.validation_fraction = too_small
-            with pytest.raises(InputError, match="has no validation images"):
-                evaluation.evaluate_network(network, "validation")
-    finally:
-        network.config.data.validation_fraction = before
+    for too_small in (0.0, 0.003):
+        data = dataclasses.replace(network.config.data, validation_fraction=too_small)
+        with pytest.raises(InputError, match="has no validation images"):
+            evaluation.evaluate_network(network, "validation", data)
 
 
 # --- where it looks -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A run that was begun before options were renamed goes on under their present names."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -50,7 +51,8 @@ def test_an_old_run_resumes(folder):
         pass
     migrated = json.loads((folder / directory.CONFIG).read_text())
     assert migrated == migrate(json.loads(OLD.read_text()))
-    config.optimizer.plateau_patience = 5
+    optimizer = dataclasses.replace(config.optimizer, plateau_patience=5)
+    config = dataclasses.replace(config, optimizer=optimizer)
     with (
         pytest.raises(InputError, match="plateau_patience was 4 and is 5"),
         directory.open_run_folder(folder, config),
