@@ -257,7 +257,7 @@ def flatten(config: ConfigDict | Section) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def validate(config: ConfigDict) -> Config:
+def validate(config: ConfigDict | Config) -> Config:
     """Checks a config before anything is built.
 
     Args:
@@ -269,10 +269,14 @@ def validate(config: ConfigDict) -> Config:
     Raises:
         InputError: Names the first option found wrong, its value, and what would be right.
     """
-    from alexnet_jax.models import check_model
-    from alexnet_jax.optim.optimizers import check_patterns
+    return validate_options(dict(flatten(config)))
 
-    given = dict(flatten(config))
+
+def validate_options(given: Mapping[str, Any]) -> Config:
+    """Checks the values of all options by "section.name", as `validate` does."""
+    from alexnet_jax.models import check_model
+    from alexnet_jax.optim.patterns import check_patterns
+
     network = given.get("model.name")
     if not isinstance(network, str):
         raise InputError(f"config.model.name is {show(network)}; it must name a network.")

@@ -30,7 +30,7 @@ from alexnet_jax.hooks import (
     restore_hook_states,
 )
 from alexnet_jax.models import Description, describe
-from alexnet_jax.optim.optimizers import muon_share
+from alexnet_jax.optim.muon import muon_share
 from alexnet_jax.run.directory import RunDirectory
 from alexnet_jax.run.writers import MetricWriter
 from alexnet_jax.state import TrainState

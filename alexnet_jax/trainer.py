@@ -27,12 +27,9 @@ from alexnet_jax.data.tta import create_tta
 from alexnet_jax.distributed import collectives, sharding
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
 from alexnet_jax.models import create_model, measure_fixed
-from alexnet_jax.optim.optimizers import (
-    after_validation,
-    create_optimizer,
-    create_schedule,
-    plateau_factor,
-)
+from alexnet_jax.optim.optimizers import create_optimizer
+from alexnet_jax.optim.plateau import after_validation, plateau_factor
+from alexnet_jax.optim.schedules import create_schedule
 from alexnet_jax.state import TrainState, create_state
 
 log = logging.getLogger(__name__)

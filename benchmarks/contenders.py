@@ -53,10 +53,10 @@ def ours(dtype: str = "float32", cpu_kernels: str = "auto") -> Build:
 def config_alone(path: str) -> Build:
     """As `ours`, of the network and optimizer of a config file, without its augmentation."""
     from alexnet_jax.config import load_config, validate
-    from alexnet_jax.optim import optimizers
+    from alexnet_jax.optim import optimizers, schedules
 
     config = validate(load_config(str(Path(__file__).parents[1] / path)))
-    schedule = optimizers.create_schedule(config.optimizer, 390, config.train.epochs)
+    schedule = schedules.create_schedule(config.optimizer, 390, config.train.epochs)
     return _ours(config, optimizers.create_optimizer(config.optimizer, schedule))
 
 

@@ -29,7 +29,8 @@ from alexnet_jax.data import augment
 from alexnet_jax.data.feed import InMemoryFeed
 from alexnet_jax.distributed import sharding
 from alexnet_jax.models import create_model
-from alexnet_jax.optim.optimizers import create_optimizer, create_schedule
+from alexnet_jax.optim.optimizers import create_optimizer
+from alexnet_jax.optim.schedules import create_schedule
 from alexnet_jax.state import create_state
 
 CLASSES = 10

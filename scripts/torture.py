@@ -362,14 +362,14 @@ def torture_by_damage(tries: int, rng: random.Random, folder: Path) -> dict[str,
     from alexnet_jax.cli.quiet import silence_orbax
     from alexnet_jax.distributed import sharding
     from alexnet_jax.errors import InputError
-    from alexnet_jax.optim import optimizers
+    from alexnet_jax.optim import optimizers, schedules
 
     silence_orbax()
     started = time.monotonic()
     options = config.default_config()
     options.update_from_flattened_dict(_OPTIONS)
     model = models.create_model(options.model, num_classes=10)
-    schedule = optimizers.create_schedule(options.optimizer, 10, 3)
+    schedule = schedules.create_schedule(options.optimizer, 10, 3)
     optimizer = optimizers.create_optimizer(options.optimizer, schedule)
     create = jax.jit(
         lambda seed: state.create_state(model, optimizer, (8, 8, 3), seed, ema=True),

@@ -13,7 +13,7 @@ from alexnet_jax.data import in_memory
 from alexnet_jax.data.load import load_data
 from alexnet_jax.distributed import sharding
 from alexnet_jax.errors import Diverged, InputError, Interrupted
-from alexnet_jax.optim.optimizers import plateau_factor
+from alexnet_jax.optim.plateau import plateau_factor
 
 pytestmark = [
     pytest.mark.usefixtures("quick_runs"),

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from alexnet_jax import environment
 from alexnet_jax.data.decode import decode
+from alexnet_jax.data.options import DataConfig
 from alexnet_jax.data.prepare import prepare
 from alexnet_jax.errors import InputError
 from alexnet_jax.run import files
@@ -184,7 +184,7 @@ class Source(SplitInfo):
         return _broken(f"Image {index} of {self.name} cannot be decoded ({error})", self.folder)
 
 
-def load_source(config: ConfigDict, split: str, *, progress: bool = True) -> Source:
+def load_source(config: DataConfig, split: str, *, progress: bool = True) -> Source:
     """Opens one split of a data set; prepares the set first where that is needed.
 
     The name is looked up as "digits", then among the sets prepared in `data_dir`, then among those

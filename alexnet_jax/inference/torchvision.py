@@ -22,7 +22,8 @@ import safetensors.numpy
 from alexnet_jax.checkpoint.manager import Checkpoints
 from alexnet_jax.config import ModelConfig, default_config, validate
 from alexnet_jax.errors import InputError, show
-from alexnet_jax.optim.optimizers import create_optimizer, create_schedule
+from alexnet_jax.optim.optimizers import create_optimizer
+from alexnet_jax.optim.schedules import create_schedule
 from alexnet_jax.run import directory, files
 from alexnet_jax.state import TrainState
 

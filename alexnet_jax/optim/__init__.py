@@ -1,1 +1,1 @@
-"""Schedules and optimizers, as Optax transformations."""
+"""Optimizers and learning rate schedules, each an Optax transformation or an Optax schedule."""

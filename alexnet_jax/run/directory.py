@@ -22,7 +22,7 @@ from typing import Any, Concatenate, ParamSpec
 import jax
 from ml_collections import ConfigDict
 
-from alexnet_jax.config import RESUMABLE, Config, default_config, flatten, validate
+from alexnet_jax.config import RESUMABLE, Config, default_config, flatten, validate_options
 from alexnet_jax.distributed import collectives
 from alexnet_jax.errors import InputError, SaveFailed
 from alexnet_jax.run.files import format_json as format_json
@@ -168,7 +168,7 @@ SHARED_SECONDS = 20.0  # until a network file system shows what another host has
 
 
 @contextmanager
-def open_run_folder(workdir: Path, config: ConfigDict) -> Iterator[Path]:
+def open_run_folder(workdir: Path, config: Config) -> Iterator[Path]:
     """Makes the folder of a new run, or makes sure that this config may go on in an old one.
 
     Until the context ends, or the process, no other run can open it.
@@ -273,7 +273,7 @@ def has_begun(folder: Path) -> bool:
     return (metrics.exists() and metrics.stat().st_size > 0) or (folder / SAVED).exists()
 
 
-def _check_config(folder: Path, config: ConfigDict) -> None:
+def _check_config(folder: Path, config: Config) -> None:
     """Writes down the config of a run; in the folder of an old one refuses any that is another."""
     before = read_options(folder)
     now = _options(config)
@@ -306,7 +306,7 @@ def _check_config(folder: Path, config: ConfigDict) -> None:
         write_json(folder / CONFIG, now)
 
 
-def fixed_options(config: ConfigDict) -> dict[str, Any]:
+def fixed_options(config: Config | ConfigDict) -> dict[str, Any]:
     """Returns, as JSON has them, the options that all sessions and processes of a run share."""
     return {key: value for key, value in _options(config).items() if key not in RESUMABLE}
 
@@ -327,12 +327,12 @@ def check_shared(folder: Path) -> None:
         time.sleep(0.1)
 
 
-def _options(config: ConfigDict) -> dict[str, Any]:
+def _options(config: Config | ConfigDict) -> dict[str, Any]:
     # Through JSON, so that what is read from a file can be compared: it has lists for tuples.
     return json.loads(json.dumps(dict(flatten(config))))
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(value: Any) -> Any:  # JSON has lists for them
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
@@ -358,16 +358,9 @@ def read_config(folder: Path) -> Config:
             "has made, such as runs/digits."
         )
     try:
-        config = default_config(options.get("model.name", ""))
-        known = dict(flatten(config))
-        for key in options.keys() - known.keys():
-            raise InputError(f"unknown option config.{key}")
-        for key, value in options.items():
-            section, _, name = key.rpartition(".")
-            # JSON has lists for tuples; ConfigDict rejects any other change of type.
-            (config[section] if section else config)[name] = _tuples(value)
-        return validate(config)
-    except (InputError, TypeError) as error:
+        defaults = dict(flatten(default_config(options.get("model.name", ""))))
+        return validate_options(defaults | {key: _tuples(options[key]) for key in options})
+    except InputError as error:
         text = str(error).rstrip(".")
         raise InputError(
             f"{folder / CONFIG} cannot be used here ({text}); use the code that wrote it."

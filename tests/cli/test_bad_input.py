@@ -22,7 +22,8 @@ from alexnet_jax.config import default_config, flatten, input_size, validate
 from alexnet_jax.data import augment
 from alexnet_jax.errors import InputError
 from alexnet_jax.models import create_model
-from alexnet_jax.optim.optimizers import create_optimizer, create_schedule
+from alexnet_jax.optim.optimizers import create_optimizer
+from alexnet_jax.optim.schedules import create_schedule
 from alexnet_jax.state import create_state
 from alexnet_jax.steps import train_step
 

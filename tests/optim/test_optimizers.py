@@ -7,17 +7,13 @@ import optax
 import pytest
 
 from alexnet_jax.errors import InputError
-from alexnet_jax.optim.optimizers import (
-    after_validation,
-    check_patterns,
-    create_optimizer,
-    create_schedule,
-    kernels_only,
-    lookahead,
-    muon_share,
-    plateau_factor,
-)
+from alexnet_jax.optim.lookahead import lookahead
+from alexnet_jax.optim.muon import muon_share
+from alexnet_jax.optim.optimizers import create_optimizer, kernels_only
 from alexnet_jax.optim.options import OptimizerConfig
+from alexnet_jax.optim.patterns import check_patterns
+from alexnet_jax.optim.plateau import after_validation, plateau_factor
+from alexnet_jax.optim.schedules import create_schedule
 
 PARAMS = {
     "conv1": {"kernel": jnp.full((3, 3, 2, 4), 2.0), "bias": jnp.full(4, 2.0)},
