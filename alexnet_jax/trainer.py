@@ -26,7 +26,7 @@ from alexnet_jax.data.sampling import Batch
 from alexnet_jax.data.tta import create_tta
 from alexnet_jax.distributed import collectives, sharding
 from alexnet_jax.metrics import EvalMetrics, TrainMetrics
-from alexnet_jax.models import create_model, measure_fixed
+from alexnet_jax.models import create_model, init_from_data
 from alexnet_jax.optim.optimizers import create_optimizer
 from alexnet_jax.optim.plateau import after_validation, plateau_factor
 from alexnet_jax.optim.schedules import create_schedule
@@ -195,7 +195,7 @@ def restore_or_init(
             log.info("Resuming from step %s.", f"{state.steps_taken:,}")
         else:
             mean, std = data.info["mean"], data.info["deviation"]
-            variables = measure_fixed(trainer.model, data.examples, mean, std)
+            variables = init_from_data(trainer.model, data.examples, mean, std)
             if source.variables:
                 fitting = source.select(trainer.variables_of_one(shapes()))
                 variables |= sharding.place(

@@ -1,13 +1,16 @@
 """Strict settings for all tests: eight devices, no silent broadcasting, warnings are errors."""
 
-import functools
 import logging
 import os
 import tempfile
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
+
+# Before anything imports these.
+jaxtyping.install_import_hook(["alexnet_jax.models", "alexnet_jax.ops"], "checked_shapes.check")
 
 # Before the backend starts. Tests that need fewer devices make a mesh of some of them.
 jax.config.update("jax_platforms", "cpu")
@@ -65,17 +68,14 @@ def strict_dtypes():
 def quick_runs():
     """For whole runs: two devices, for as many cores, since eight would take turns.
 
-    And no report but where a test asks for one: to draw it takes longer than such a run. What
-    the CPU's kernels compute is compared with XLA in the first run only.
+    And no report but where a test asks for one: to draw it takes longer than such a run.
     """
-    from alexnet_jax import ops
     from alexnet_jax.distributed import sharding
     from alexnet_jax.experiments.report import page
 
     make_mesh = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda: make_mesh(jax.devices()[:2]))
-        patch.setattr(ops, "_largest_error", functools.cache(ops._largest_error))
         patch.setattr(page, "write_report", lambda folder: None)
         yield
 

@@ -523,7 +523,7 @@ def test_evaluation_counts_every_image_once(how, batch_size, strict_dtypes):
 def test_views_are_predicted_one_by_one_and_averaged():
     model = network(depth=1, norm="batch")
     state = new_state(model)
-    images = examples(0, 6)[0]
+    images = jnp.asarray(examples(0, 6)[0])
     predict = functools.partial(predict_step, model=model, normalize=NORMALIZE)
     tta = create_tta("flip", AugmentConfig())
     ours = jax.jit(functools.partial(predict, tta=tta))(state, images)

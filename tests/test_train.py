@@ -206,7 +206,7 @@ def test_results_are_those_of_the_checkpoint(whole_run, config):
     scaled = (images / 255 - np.array(info["mean"])) / np.array(info["deviation"])
     model = models.create_model(validate(config).model, 10)
     variables = {"params": found["params"], **found["rest"]["model_state"]}
-    logits = model.apply(variables, scaled.astype(np.float32), train=False)
+    logits = model.apply(variables, jnp.float32(scaled), train=False)
     assert np.mean(np.argmax(logits, -1) == labels) == pytest.approx(results["test"]["accuracy"])
 
 

@@ -5,45 +5,28 @@ import functools
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jaxtyping import Float, Float32
 
-from alexnet_jax.models.layers import check_choice, check_counts, check_fraction
-from alexnet_jax.ops import PLAIN, Ops
+from alexnet_jax.models.network import Network, fraction, size
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """Stages of basic blocks, each stage after the first at half the side and twice the width.
 
     The defaults are ResNet-18 with a 3x3 convolution of stride 1 in place of the 7x7 of stride 2
     and the pooling, as is usual for 32x32 pixels: 11,173,962 parameters for 10 classes. Where a
-    block changes the shape, a 1x1 convolution with batch normalisation is its shortcut (option B).
-
-    Attributes:
-        num_classes: Length of the logits.
-        blocks: Blocks in each stage.
-        width: Channels of the first stage.
-        norm_momentum: Share of the old running statistics kept at each step.
-        dtype: "float32" or "bfloat16", of the arithmetic; parameters and logits are float32.
-        axis_name: Mapped device axis to average batch statistics over, if any.
-        ops: What to convolve with.
+    block changes the shape, a 1x1 convolution with batch normalization is its shortcut (option B).
     """
 
-    num_classes: int
-    blocks: tuple[int, ...] = (2, 2, 2, 2)
-    width: int = 64
-    norm_momentum: float = 0.9
-    dtype: str = "float32"
-    axis_name: str | None = None
-    ops: Ops = PLAIN
-
-    def __post_init__(self) -> None:
-        check_counts(blocks=self.blocks, width=self.width)
-        check_fraction(norm_momentum=self.norm_momentum)
-        check_choice(dtype=(self.dtype, ("float32", "bfloat16")))
-        super().__post_init__()
+    blocks: tuple[int, ...] = size((2, 2, 2, 2), "Blocks in each stage.")
+    width: int = size(64, "Channels of the first stage.")
+    norm_momentum: float = fraction(0.9, "Share of the old running statistics kept at each step.")
 
     @nn.compact
-    def __call__(self, images: Array, *, train: bool) -> Array:
-        """Computes logits, float32[B, num_classes], of float[B, H, W, C], normalised."""
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], *, train: bool
+    ) -> Float32[Array, "batch {self.num_classes}"]:
+        """Computes logits of normalized images."""
         conv = functools.partial(
             nn.Conv,
             use_bias=False,

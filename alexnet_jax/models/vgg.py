@@ -5,61 +5,40 @@ import functools
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jaxtyping import Float, Float32
 
 from alexnet_jax.errors import InputError
-from alexnet_jax.models.layers import check_choice, check_counts, check_fraction
-from alexnet_jax.ops import PLAIN, Ops
+from alexnet_jax.models.network import Network, fraction, size
 
 
-class VGG(nn.Module):
+class VGG(Network):
     """Stages of 3x3 convolutions, each stage followed by a 2x2 max pooling.
 
-    The defaults are configuration A, with 8 convolutions, and one matrix behind them, as is usual
+    The defaults are configuration A, with 8 convolutions, and one matrix after them, as is usual
     for 32x32 pixels (vgg11_bn): 9,231,114 parameters for 10 classes. The paper's two hidden layers
     are hidden=(4096, 4096), with which 224x224 pixels and 1,000 classes make the 132,868,840
-    parameters of torchvision. The convolutions keep their biases, as there, beside those of batch
-    normalisation.
-
-    Attributes:
-        num_classes: Length of the logits.
-        stages: Convolutions in each stage.
-        features: Channels of each stage.
-        hidden: Widths of the fully connected layers before the last.
-        dropout: Probability to drop an output of these.
-        norm_momentum: Share of the old running statistics kept at each step.
-        dtype: "float32" or "bfloat16", of the arithmetic; parameters and logits are float32.
-        axis_name: Mapped device axis to average batch statistics over, if any.
-        ops: What to convolve, pool and multiply with.
+    parameters of torchvision. As there, the convolutions have biases beside batch normalization.
     """
 
-    num_classes: int
-    stages: tuple[int, ...] = (1, 1, 2, 2, 2)
-    features: tuple[int, ...] = (64, 128, 256, 512, 512)
-    hidden: tuple[int, ...] = ()
-    dropout: float = 0.5
-    norm_momentum: float = 0.9
-    dtype: str = "float32"
-    axis_name: str | None = None
-    ops: Ops = PLAIN
+    stages: tuple[int, ...] = size((1, 1, 2, 2, 2), "Convolutions in each stage.")
+    features: tuple[int, ...] = size((64, 128, 256, 512, 512), "Channels of each stage.")
+    hidden: tuple[int, ...] = size((), "Widths of the fully connected hidden layers.")
+    dropout: float = fraction(0.5, "Probability to drop an output of a hidden layer.")
+    norm_momentum: float = fraction(0.9, "Share of the old running statistics kept at each step.")
 
     def __post_init__(self) -> None:
-        check_counts(stages=self.stages, features=self.features, hidden=self.hidden)
-        check_fraction(dropout=self.dropout, norm_momentum=self.norm_momentum)
-        check_choice(dtype=(self.dtype, ("float32", "bfloat16")))
+        super().__post_init__()
         if len(self.stages) != len(self.features):
             raise InputError(
                 f"config.model.features is {self.features}; it must have one entry per stage, "
                 f"{len(self.stages)} as config.model.stages has."
             )
-        super().__post_init__()
 
     @nn.compact
-    def __call__(self, images: Array, *, train: bool) -> Array:
-        """Computes logits, float32[B, num_classes], of float[B, H, W, C], normalised.
-
-        Raises:
-            InputError: The images are so small that a pooling would leave nothing.
-        """
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], *, train: bool
+    ) -> Float32[Array, "batch {self.num_classes}"]:
+        """Computes logits of normalized images; too small ones raise an InputError."""
         x = images.astype(self.dtype)
         for i, (count, features) in enumerate(zip(self.stages, self.features, strict=True)):
             if min(x.shape[1:3]) < 2:

@@ -1,4 +1,4 @@
-"""Matrix products in bfloat16, put so that XLA's CPU backend gives them to the matrix units.
+"""Matrix products in bfloat16, arranged so that XLA's CPU backend uses the matrix units.
 
 XLA:CPU of jaxlib 0.10 computes `float32 = bfloat16 x bfloat16` on AMX, at several times the speed
 of float32, if the left side is not transposed. Nearly all else it does with bfloat16 is slower
@@ -13,64 +13,50 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 from jax import Array, lax
+from jaxtyping import BFloat16, Float, Float32, UInt16
 
 T = TypeVar("T")
 
 
-def to_bits(x: Array) -> Array:
-    """Float32, rounded to the nearest bfloat16, or bfloat16, as the uint16 of the latter's bits."""
+def to_bits(x: Float[Array, "*shape"]) -> UInt16[Array, "*shape"]:
+    """Returns the bits of bfloat16, or of float32 rounded to the nearest bfloat16."""
     if x.dtype == jnp.bfloat16:
         return lax.bitcast_convert_type(x, jnp.uint16)
     rounded = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return (lax.bitcast_convert_type(rounded, jnp.uint32) >> 16).astype(jnp.uint16)
 
 
-def from_bits(bits: Array) -> Array:
-    """The bfloat16 that these uint16 are."""
+def from_bits(bits: UInt16[Array, "*shape"]) -> BFloat16[Array, "*shape"]:
+    """Returns the bfloat16 numbers that these are the bits of."""
     return lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
-def multiply(left: Array, right: Array, sum_right: int) -> Array:
-    """Multiplies matrices and sums in float32.
+def multiply(
+    left: BFloat16[Array, "rows inner"], right: BFloat16[Array, "_ _"], sum_right: int
+) -> Float32[Array, "rows columns"]:
+    """Multiplies matrices and sums in float32, over dimension `sum_right` of the right one.
 
-    Args:
-        left: bfloat16[M, K]; by `row_major` after a transposition.
-        right: bfloat16[K, N] if `sum_right` is 0, and bfloat16[N, K] if it is 1.
-        sum_right: The dimension of `right` to sum over.
-
-    Returns:
-        float32[M, N].
+    The left one must be laid out by `row_major` after a transposition.
     """
     dimensions = (((1,), (sum_right,)), ((), ()))
     return lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
 
-def row_major(bits: Array) -> Array:
-    """Has XLA lay out a transposed array anew, instead of transposing in the product it is for.
+def row_major(bits: UInt16[Array, "*shape"]) -> BFloat16[Array, "*shape"]:
+    """Makes XLA write out a transposed array, instead of transposing in the product it is for.
 
     The barrier is one-dimensional as that of a matrix may still be kept transposed.
-
-    Args:
-        bits: uint16 of any shape.
-
-    Returns:
-        bfloat16 of that shape.
     """
     return from_bits(lax.optimization_barrier(bits.reshape(-1)).reshape(bits.shape))
 
 
-def apart(function: Callable[..., T], weights: Array, *arguments: Any) -> T:
-    """Calls a function so that XLA merges nothing of it with what stands before and after.
+def apart(function: Callable[..., T], weights: UInt16[Array, "..."], *arguments: Any) -> T:
+    """Calls function(weights, *arguments) so that XLA fuses nothing of it with its surroundings.
 
     XLA:CPU drops optimization barriers before it fuses, and then computes the pooling and the
     ReLU of the forward pass a second time, within each product of the backward pass that takes
-    their result. A conditional it leaves alone. That this one always goes the same way is
-    known when it runs and not before, as it asks for bits of the weights.
-
-    Args:
-        function: Of `weights` and `arguments`, to any tree of arrays.
-        weights: uint16 of any shape. (Of the weights as these are whole on every device.)
-        *arguments: Any trees of arrays.
+    their result. It leaves a conditional alone. That this one always goes the same way is known
+    only at run time, as it depends on bits of the weights (which are whole on every device).
     """
     first = lax.slice(weights, (0,) * weights.ndim, (1,) * weights.ndim).reshape(())
     results = jax.eval_shape(function, weights, *arguments)
@@ -100,8 +86,10 @@ def _backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, A
 _matmul.defvjp(_forward, _backward)
 
 
-def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any) -> Array:
-    """As `jax.lax.dot_general`, and by it unless it is the product of two bfloat16 matrices.
+def dot_general(
+    lhs: Float[Array, "..."], rhs: Float[Array, "..."], dimension_numbers: Any, **options: Any
+) -> Float[Array, "..."]:
+    """As `jax.lax.dot_general`, which computes all but products of two bfloat16 matrices.
 
     The right one may also be float32; it is rounded, and its gradient is not. That product can be
     differentiated in reverse mode only.
@@ -115,10 +103,10 @@ def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any) 
 
 
 def promote_dtype(*arrays: Array | None, dtype: Any, inexact: bool = True) -> list[Array | None]:
-    """As flax's for `flax.linen.Dense`, but leaves the rounding of the kernel to `dot_general`.
+    """As that of `flax.linen.Dense`, but `dot_general` rounds the kernel.
 
-    So the kernel's gradient, the largest arrays of a step, goes to the optimizer as the product
-    has it, in float32, instead of being rounded, written, and read once more.
+    So the kernel's gradient, the largest array of a step, reaches the optimizer in the product's
+    float32, instead of being rounded, written, and read once more.
     """
     inputs, kernel, bias = arrays
     inputs, bias = dtypes.promote_dtype(inputs, bias, dtype=dtype, inexact=inexact)

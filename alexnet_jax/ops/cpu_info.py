@@ -6,20 +6,11 @@ from pathlib import Path
 
 # Linux's names of the instructions that multiply matrices, or pairs, of bfloat16.
 BFLOAT16 = frozenset({"amx_bf16", "avx512_bf16"})
-
-
 _CPUINFO = Path("/proc/cpuinfo")
 
 
 def instruction_sets(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
-    """Reads the instruction sets of the first CPU, by Linux's names: "avx2", "amx_bf16".
-
-    Args:
-        cpuinfo: The file that Linux describes its CPUs in.
-
-    Returns:
-        Nothing where there is no such file, or none that lists "flags" as those of x86 do.
-    """
+    """Reads the instruction sets of the first CPU, by Linux's names; only of x86 on Linux."""
     return frozenset(_first("flags", cpuinfo).split())
 
 
@@ -29,7 +20,7 @@ def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
 
 
 def cores() -> int:
-    """Returns how many cores this process may compute on."""
+    """Returns how many cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -40,8 +31,5 @@ def _first(wanted: str, cpuinfo: Path) -> str:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:
         return ""
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() == wanted:
-            return value.strip()
-    return ""
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in pairs if name.strip() == wanted), "")

@@ -1,7 +1,7 @@
-"""Convolution of any kernel and stride as one matrix product over the patches of the image.
+"""Convolution of any kernel and stride as one matrix product over patches (im2col).
 
-("im2col": Chellapilla, Puri, Simard, 2006, "High Performance Convolutional Neural Networks for
-Document Processing".)
+Chellapilla, Puri, Simard (2006), "High Performance Convolutional Neural Networks for Document
+Processing".
 """
 
 import functools
@@ -9,24 +9,21 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve(images: Array, kernel: Array, strides: tuple[int, int]) -> Array:
-    """Correlates images with kernels, without padding.
+def convolve(
+    images: Float[Array, "batch height width channels"],
+    kernel: Float[Array, "h w channels features"],
+    strides: tuple[int, int],
+) -> Float[Array, "batch (height-h)//{strides[0]}+1 (width-w)//{strides[1]}+1 features"]:
+    """Correlates images with kernels, without padding; differentiable in reverse mode.
 
-    It can be differentiated in reverse mode. The patches are gathered again in the backward pass:
-    that takes a small part of the product's time, and kept they would be most of the memory.
-
-    Args:
-        images: float[B, H, W, C].
-        kernel: float[h, w, C, O].
-        strides: Pixels from one patch to the next, downwards and to the right.
-
-    Returns:
-        float[B, (H - h) // strides[0] + 1, (W - w) // strides[1] + 1, O].
+    The patches are gathered again in the backward pass: that takes a small part of the product's
+    time, and kept they would be most of the memory.
     """
-    return _patches(images, kernel.shape[:2], strides) @ _matrix(kernel)
+    return _patches(images, kernel.shape[:2], strides) @ kernel.reshape(-1, kernel.shape[3])
 
 
 def _forward(
@@ -40,18 +37,15 @@ def _backward(
 ) -> tuple[Array, Array]:
     images, kernel = residuals
     gather = functools.partial(_patches, window=kernel.shape[:2], strides=strides)
-    over_positions = ((0, 1, 2), (0, 1, 2))
-    by_kernel = lax.dot_general(gather(images), gradient, (over_positions, ((), ())))
-    by_patch = lax.dot_general(gradient, _matrix(kernel), (((3,), (1,)), ((), ())))
+    positions = (0, 1, 2)
+    by_kernel = lax.dot_general(gather(images), gradient, ((positions, positions), ((), ())))
+    matrix = kernel.reshape(-1, kernel.shape[3])
+    by_patch = lax.dot_general(gradient, matrix, (((3,), (1,)), ((), ())))
     (by_image,) = jax.linear_transpose(gather, images)(by_patch)
     return by_image, by_kernel.reshape(kernel.shape)
 
 
 convolve.defvjp(_forward, _backward)
-
-
-def _matrix(kernel: Array) -> Array:
-    return kernel.reshape(-1, kernel.shape[3])
 
 
 def _patches(images: Array, window: tuple[int, ...], strides: tuple[int, int]) -> Array:

@@ -7,21 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
+from jaxtyping import Float, Shaped, UInt8
 
-_NONE = 255  # the winner of a window that is none
-_LARGEST = 15  # The side of a window whose pixels a byte can tell apart, and none of them.
+_PADDING = 255  # the argmax of a window outside of the image
+_MAX_WINDOW = 15  # whose pixels a byte can index, beside the two values that index none
 
 
-def pool(x: Array, window: int = 2, stride: int = 2) -> tuple[Array, Array]:
-    """Takes the largest of each window, and says which pixel of it that was, the first of several.
+def pool(
+    x: Float[Array, "outer height width inner"], window: int = 2, stride: int = 2
+) -> tuple[
+    Float[Array, "outer pooled_height pooled_width inner"],
+    UInt8[Array, "outer pooled_height pooled_width inner"],
+]:
+    """Returns the maximum of each window of at most 15x15 pixels, and its argmax in the window.
 
-    Args:
-        x: float[B, H, W, C]; also in another order, with the pixels in the middle.
-        window: Side, in pixels, at most 15.
-        stride: From one window to the next, in pixels.
-
-    Returns:
-        The largest, float[B, h, w, C], and uint8[B, h, w, C], from 0 to window^2 - 1.
+    The argmax is that of the first of equal pixels, from 0 to window^2 - 1.
     """
     height, width = ((side - window) // stride + 1 for side in x.shape[1:3])
     rows = [slice(i, i + stride * (height - 1) + 1, stride) for i in range(window)]
@@ -35,23 +35,15 @@ def pool(x: Array, window: int = 2, stride: int = 2) -> tuple[Array, Array]:
 
 
 def spread(
-    winner: Array,
-    gradient: Array,
+    winner: UInt8[Array, "outer pooled_height pooled_width inner"],
+    gradient: Shaped[Array, "outer pooled_height pooled_width inner"],
     window: int = 2,
     stride: int = 2,
     shape: tuple[int, int] | None = None,
-) -> Array:
-    """Transposes `pool`: each number goes to the pixel that won, and to none if that is no pixel.
+) -> Shaped[Array, "outer height width inner"]:
+    """Transposes `pool`: each value goes to the pixel that `winner` indexes, if it does index one.
 
-    Args:
-        winner: uint8[B, h, w, C].
-        gradient: Of any dtype, [B, h, w, C].
-        window: As that of `pool`.
-        stride: As that of `pool`.
-        shape: H and W; None is what the windows cover.
-
-    Returns:
-        The gradient's dtype, [B, H, W, C].
+    `shape` is the height and width of the result; None is what the windows cover.
     """
     batch, *windows, channels = gradient.shape
     height, width = shape or [stride * (number - 1) + window for number in windows]
@@ -62,7 +54,7 @@ def spread(
     around = [(before, cell - number) for cell, number in zip(cells, windows, strict=True)]
     if any(map(any, around)):
         around = [(0, 0), *around, (0, 0)]
-        winner = jnp.pad(winner, around, constant_values=_NONE)
+        winner = jnp.pad(winner, around, constant_values=_PADDING)
         gradient = jnp.pad(gradient, around)
     row = np.arange(stride).reshape(1, 1, stride, 1, 1, 1)
     column = row.reshape(1, 1, 1, 1, stride, 1)
@@ -70,7 +62,7 @@ def spread(
     for i in reversed(range(before + 1)):  # window by window, as XLA adds them
         for j in reversed(range(before + 1)):
             y, x = row + stride * i, column + stride * j
-            pixel = np.where((y < window) & (x < window), y * window + x, _NONE - 1)
+            pixel = np.where((y < window) & (x < window), y * window + x, _PADDING - 1)
             rows = slice(before - i, before - i + cells[0])
             columns = slice(before - j, before - j + cells[1])
             of_windows = np.s_[:, rows, None, columns, None]
@@ -92,30 +84,28 @@ def _forward(x: Array, window: int, stride: int) -> tuple[Array, tuple[Array, tu
 
 
 def _backward(
-    window: int, stride: int, kept: tuple[Array, tuple[int, int]], gradient: Array
+    window: int, stride: int, residuals: tuple[Array, tuple[int, int]], gradient: Array
 ) -> tuple[Array]:
-    winner, shape = kept
+    winner, shape = residuals
     return (spread(winner, gradient, window, stride, shape),)
 
 
 _max_pool.defvjp(_forward, _backward)
 
 
-def max_pool(x: Array, window_shape: tuple[int, int], strides: tuple[int, int]) -> Array:
-    """As `flax.linen.max_pool`, and by it unless windows are square and leave no pixel between.
-
-    The gradient goes to the first of several largest.
+def max_pool(
+    x: Float[Array, "*batch height width channels"],
+    window_shape: tuple[int, int],
+    strides: tuple[int, int],
+) -> Float[Array, "*batch pooled_height pooled_width channels"]:
+    """As `flax.linen.max_pool`, which pools where windows are not square or skip pixels.
 
     XLA's CPU backend computes the gradient of a pooling on one core (`select_and_scatter`): 0.5 s
-    of a 2 s step of the reference network on 2 cores. This keeps which pixel won, in a byte.
-
-    Args:
-        x: float[B, H, W, C].
-        window_shape: Height and width of a window, in pixels.
-        strides: From one window to the next, in pixels.
+    of a 2 s step of the reference network on 2 cores. This keeps the argmax of each window, in a
+    byte. The gradient goes to the first of several largest pixels.
     """
     (window, width), (stride, stride_along) = window_shape, strides
     square = window == width and stride == stride_along
-    if x.ndim == 4 and square and stride <= window <= _LARGEST:
+    if x.ndim == 4 and square and stride <= window <= _MAX_WINDOW:
         return _max_pool(x, window, stride)
     return nn.max_pool(x, window_shape, strides)

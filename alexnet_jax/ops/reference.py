@@ -4,31 +4,29 @@ from collections.abc import Callable
 
 from flax import linen as nn
 from jax import Array, lax
+from jaxtyping import Float
 
 
 def conv_relu_pool(
-    images: Array,
-    kernel: Array,
-    bias: Array,
+    images: Float[Array, "batch height width channels"],
+    kernel: Float[Array, "k k channels features"],
+    bias: Float[Array, " features"],
     *,
     stride: int,
     pool: tuple[int, int] | None,
     conv_general_dilated: Callable[..., Array] = lax.conv_general_dilated,
     max_pool: Callable[..., Array] = nn.max_pool,
-) -> Array:
-    """Correlates with square kernels, adds a bias, sets what is negative to 0, and max-pools.
+) -> Float[Array, "batch pooled_height pooled_width features"]:
+    """Convolves with k // 2 zeros at each edge, adds a bias, applies ReLU and max pooling.
 
     Args:
-        images: float[B, H, W, C]; their dtype is that of the arithmetic.
-        kernel: float32[k, k, C, O]. At each edge k // 2 zeros are added to the image.
-        bias: float32[O].
-        stride: Pixels from one window of the convolution to the next.
-        pool: Side and stride of the pooling's window, in pixels; None pools nothing.
+        images: Their dtype is that of the arithmetic and the result.
+        kernel: In float32, as the bias.
+        bias: One number per feature.
+        stride: Of the convolution, in pixels.
+        pool: Side and stride of the pooling window, in pixels; None does not pool.
         conv_general_dilated: As that of `jax.lax`.
-        max_pool: As that of `flax.linen`, with a window, strides, and no padding.
-
-    Returns:
-        float[B, h, w, O], of the images' dtype.
+        max_pool: As that of `flax.linen`.
     """
     edge = kernel.shape[0] // 2
     x = conv_general_dilated(

@@ -5,7 +5,7 @@ notation: Y = A^T [ (G g G^T) * (B^T d B) ] A for each 6x6 tile d of the image, 
 and each kernel g. Summed over the channels, the elementwise product is 36 matrix products; the
 backward pass is the same three transforms, transposed, around 72 more.
 
-Tiles have 2.25 times the numbers of their images. A few images at a time they stay in a processor's
+Tiles have 2.25 times the numbers of their images. A few images at a time, they stay in a CPU's
 caches; those of a whole batch would go to memory and back, which takes longer than the products.
 """
 
@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Float
 
-TILE = 4  # pixels of a side that a tile gives; 2 more go in
+TILE = 4  # side of a tile's result, in pixels; 2 more go in
 _POINTS = TILE + 2
 # Rows are the polynomials of the points 0, 1, -1, 2, -2 and infinity.
 _B_TRANSPOSED = np.array(
@@ -36,28 +37,26 @@ _A_TRANSPOSED = np.array(
 _G = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
 _KERNEL_MATRIX = np.kron(_G, _G).astype(np.float32)  # along the rows and along the columns at once
 
-# Of the tiles, before and after the products: what is taken whole, and else a few images' share.
-_WHOLE_BYTES = 16 * 2**20
-_CHUNK_BYTES = 6 * 2**20
-# A chunk's tiles have at least so many times the numbers of the kernels', which each chunk reads,
-# and whose gradient it adds to.
-_CHUNK_PER_KERNELS = 4
+# Of the tiles before and after the products: up to which a batch is computed at once, and of a
+# chunk of a larger one.
+WHOLE_BYTES = 16 * 2**20
+CHUNK_BYTES = 6 * 2**20
+# A chunk's tiles are at least so many times as large as the transformed kernels, which each chunk
+# reads, and whose gradient it adds to.
+CHUNK_PER_KERNELS = 4
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve(images: Array, kernel: Array, in_chunks: bool) -> Array:
-    """Correlates images with 3x3 kernels, stride 1, without padding.
+def convolve(
+    images: Float[Array, "batch height width channels"],
+    kernel: Float[Array, "3 3 channels features"],
+    in_chunks: bool,
+) -> Float[Array, "batch height-2 width-2 features"]:
+    """Correlates images with 3x3 kernels, without padding; differentiable in reverse mode.
 
-    The result differs from that of `lax.conv_general_dilated` by float rounding alone, some
-    3e-6 of its largest value. It can be differentiated in reverse mode.
-
-    Args:
-        images: float[B, H + 2, W + 2, C] with H and W multiples of `TILE`.
-        kernel: float[3, 3, C, O].
-        in_chunks: Whether to take a few images at a time where a batch's tiles are large.
-
-    Returns:
-        float[B, H, W, O].
+    Height and width of the result must be multiples of `TILE`. It differs from that of
+    `lax.conv_general_dilated` by float rounding alone, some 3e-6 of its largest value. With
+    `in_chunks`, a batch with large tiles is computed a few images at a time.
     """
     return _forward(images, kernel, in_chunks)[0]
 
@@ -66,11 +65,9 @@ def _forward(images: Array, kernel: Array, in_chunks: bool) -> tuple[Array, tupl
     transformed = _kernel_transform(kernel)
 
     def convolve_some(images: Array) -> Array:
-        batch, height, width, channels = images.shape
-        tiled = _image_transform(images).reshape(_POINTS**2, -1, channels)
-        products = _multiply(tiled, transformed, 2, 1)
-        tiles = (batch, height // TILE, width // TILE)
-        return _inverse_transform(products.reshape(_POINTS, _POINTS, *tiles, -1))
+        tiled = _image_transform(images)
+        products = _multiply(_flat(tiled), transformed, 2, 1)
+        return _inverse_transform(products.reshape(*tiled.shape[:-1], -1))
 
     size = _chunk_size(images, kernel, in_chunks)
     if size == images.shape[0]:
@@ -87,45 +84,49 @@ def _backward(
 
     def differentiate_some(by_kernel: Array, arrays: tuple[Array, Array]) -> tuple[Array, Array]:
         images, gradient = arrays
-        batch, height, width, features = gradient.shape
         # Transformed again: kept, the tiles would be most of the memory that a step moves.
-        tiled = _image_transform(images).reshape(_POINTS**2, -1, images.shape[-1])
-        spread = _inverse_transform_transposed(gradient).reshape(_POINTS**2, -1, features)
-        by_tile = _multiply(spread, transformed, 2, 2)
-        tiles = (batch, height // TILE, width // TILE)
-        by_image = _image_transform_transposed(by_tile.reshape(_POINTS, _POINTS, *tiles, -1))
-        return by_kernel + _multiply(tiled, spread, 1, 1), by_image
+        tiled = _flat(_image_transform(images))
+        spread = _inverse_transform_transposed(gradient)
+        by_tile = _multiply(_flat(spread), transformed, 2, 2).reshape(*spread.shape[:-1], -1)
+        by_kernel += _multiply(tiled, _flat(spread), 1, 1)
+        return by_kernel, _image_transform_transposed(by_tile)
 
     size = _chunk_size(images, kernel, in_chunks)
-    nothing = jnp.zeros_like(transformed)
+    zeros = jnp.zeros_like(transformed)
     if size == images.shape[0]:
-        by_kernel, by_image = differentiate_some(nothing, (images, gradient))
+        by_kernel, by_image = differentiate_some(zeros, (images, gradient))
     else:
         chunks = _chunks(images, size), _chunks(gradient, size)
-        by_kernel, by_image = lax.scan(differentiate_some, nothing, chunks)
-    return by_image.reshape(images.shape), _kernel_transform_transposed(by_kernel)
+        by_kernel, by_image = lax.scan(differentiate_some, zeros, chunks)
+    by_kernel = jnp.tensordot(_KERNEL_MATRIX.T, by_kernel, 1)
+    return by_image.reshape(images.shape), by_kernel.reshape(kernel.shape)
 
 
 convolve.defvjp(_forward, _backward)
 
 
 def _chunk_size(images: Array, kernel: Array, in_chunks: bool) -> int:
-    """Says how many images to take at a time: as many as all, or a divisor of it."""
+    """Returns how many images to compute at a time: all, or a divisor of their number."""
     batch, height, width, _ = images.shape
     channels, features = kernel.shape[2:]
     points = (height // TILE) * (width // TILE) * _POINTS**2
     image_bytes = points * (channels + features) * images.dtype.itemsize
-    if not in_chunks or batch * image_bytes <= _WHOLE_BYTES:
+    if not in_chunks or batch * image_bytes <= WHOLE_BYTES:
         return batch
     kernel_bytes = _POINTS**2 * channels * features * images.dtype.itemsize
-    most = max(1, max(_CHUNK_BYTES, _CHUNK_PER_KERNELS * kernel_bytes) // image_bytes)
+    most = max(1, max(CHUNK_BYTES, CHUNK_PER_KERNELS * kernel_bytes) // image_bytes)
     size = max(size for size in range(1, min(most, batch) + 1) if batch % size == 0)
-    # A batch of a prime number of images is better taken whole than one by one.
+    # A batch of a prime number of images is better computed at once than one by one.
     return size if 4 * size > min(most, batch) else batch
 
 
 def _chunks(images: Array, size: int) -> Array:
     return images.reshape(-1, size, *images.shape[1:])
+
+
+def _flat(tiles: Array) -> Array:
+    """float[6, 6, B, h, w, C] to float[36, B * h * w, C]."""
+    return tiles.reshape(_POINTS**2, -1, tiles.shape[-1])
 
 
 def _multiply(left: Array, right: Array, sum_left: int, sum_right: int) -> Array:
@@ -137,27 +138,27 @@ def _multiply(left: Array, right: Array, sum_left: int, sum_right: int) -> Array
 
 
 def _combine(matrix: np.ndarray, lines: Sequence[Array]) -> list[Array]:
-    """Multiplies a matrix of whole numbers, none of whose rows is 0, by a vector of arrays."""
-    return [
-        functools.reduce(
-            jnp.add,
-            (
-                line if factor == 1 else float(factor) * line
-                for factor, line in zip(row, lines, strict=True)
-                if factor
-            ),
-        )
-        for row in matrix
-    ]
+    """Multiplies an integer matrix, none of whose rows is 0, by a vector of arrays."""
+
+    def total(row: np.ndarray) -> Array:
+        terms = zip(row, lines, strict=True)
+        scaled = (line if f == 1 else float(f) * line for f, line in terms if f)
+        return functools.reduce(jnp.add, scaled)
+
+    return [total(row) for row in matrix]
+
+
+def _tile_lines(x: Array, axis: int, count: int) -> list[Array]:
+    """Slices every fourth line, beginning with each of the first `count`."""
+    end = x.shape[axis] - count + 1
+    return [lax.slice_in_dim(x, i, end + i, TILE, axis) for i in range(count)]
 
 
 def _image_transform(images: Array) -> Array:
     """B^T d B: float[B, 4h + 2, 4w + 2, C] to float[6, 6, B, h, w, C]."""
 
     def along(x: Array, axis: int) -> Array:
-        last = x.shape[axis] - _POINTS + 1
-        lines = [lax.slice_in_dim(x, i, last + i, TILE, axis) for i in range(_POINTS)]
-        return jnp.stack(_combine(_B_TRANSPOSED, lines))
+        return jnp.stack(_combine(_B_TRANSPOSED, _tile_lines(x, axis, _POINTS)))
 
     return along(along(images, 2), 2)
 
@@ -188,12 +189,6 @@ def _kernel_transform(kernel: Array) -> Array:
     return jnp.tensordot(_KERNEL_MATRIX, kernel.reshape(9, *kernel.shape[2:]), 1)
 
 
-def _kernel_transform_transposed(products: Array) -> Array:
-    """float[36, C, O] to float[3, 3, C, O]."""
-    kernel = jnp.tensordot(_KERNEL_MATRIX.T, products, 1)
-    return kernel.reshape(3, 3, *products.shape[1:])
-
-
 def _inverse_transform(products: Array) -> Array:
     """A^T m A: float[6, 6, B, h, w, O] to float[B, 4h, 4w, O]."""
 
@@ -209,8 +204,6 @@ def _inverse_transform_transposed(gradient: Array) -> Array:
     """float[B, 4h, 4w, O] to float[6, 6, B, h, w, O]."""
 
     def along(x: Array, axis: int) -> Array:
-        last = x.shape[axis] - TILE + 1
-        lines = [lax.slice_in_dim(x, i, last + i, TILE, axis) for i in range(TILE)]
-        return jnp.stack(_combine(_A_TRANSPOSED.T, lines))
+        return jnp.stack(_combine(_A_TRANSPOSED.T, _tile_lines(x, axis, TILE)))
 
     return along(along(gradient, 2), 2)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -304,7 +305,7 @@ def test_bombs_are_refused_from_their_head(network, tmp_path):
 def probabilities_by_numpy(network, state, images):
     """As the network is defined, but for the module itself."""
     mean, deviation = np.array(network.info["mean"]), np.array(network.info["deviation"])
-    scaled = ((images / 255 - mean) / deviation).astype(np.float32)
+    scaled = jnp.float32((images / 255 - mean) / deviation)
     logits = np.asarray(network.module.apply(state.variables, scaled, train=False), np.float64)
     shares = np.exp(logits - logits.max(axis=1, keepdims=True))
     return shares / shares.sum(axis=1, keepdims=True)

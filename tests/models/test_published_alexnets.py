@@ -96,7 +96,7 @@ def test_the_published_networks_are_the_one_class_with_other_options(published, 
 
 def draw(model, side):
     images = np.random.default_rng(0).normal(0, 60, (3, side, side, 3)).astype(np.float32)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     rng = np.random.default_rng(1)
     params = jax.tree.map(
         lambda leaf: np.float32(
@@ -172,7 +172,7 @@ def test_initial_values_are_those_of_the_paper():
 
 def test_dropout_stands_after_the_hidden_layers_of_2012():
     model = AlexNet2012(num_classes=5, **NARROW | {"hidden": (500, 400)})
-    params, images = draw(model, 67)
+    params, images = jax.tree.map(jnp.asarray, draw(model, 67))
 
     @jax.jit
     def forward():
@@ -209,7 +209,7 @@ def lrn_by_loops(x, k, n, alpha, beta):
 def test_response_norm_is_the_formula_of_the_paper(options):
     k, n, alpha, beta = options
     x = np.random.default_rng(0).normal(0, 50, (2, 3, 4, 7)).astype(np.float32)
-    ours = local_response_norm(x, k=k, n=n, alpha=alpha, beta=beta)
+    ours = local_response_norm(jnp.asarray(x), k=k, n=n, alpha=alpha, beta=beta)
     np.testing.assert_allclose(ours, lrn_by_loops(x, k, n, alpha, beta), rtol=1e-5)
     # PyTorch divides alpha by n.
     theirs = torch.nn.functional.local_response_norm(
@@ -283,22 +283,24 @@ def test_groups_on_a_cpu_leave_no_grouped_convolution():
     [
         ("paddings", (1, 1), "one entry per convolution, 5 .* or none"),
         ("paddings", (0, 1, 1, 1, -1), "between 0"),
-        ("paddings", (0, 1, 1, 1, "1"), "integers"),
+        ("paddings[4]", (0, 1, 1, 1, "1"), "a str; it must be an int"),
         ("groups", (1, 1, 1, 1, 0), "between 1"),
         ("groups", (3, 1, 1, 1, 1), "convolution 1, 3 in and 64 out"),
         ("groups", (1, 3, 1, 1, 1), "convolution 2, 64 in and 192 out"),
         ("response_norms", (True,), "or none"),
-        ("response_norms", (1, 0, 0, 0, 0), "True or False"),
+        ("response_norms[0]", (1, 0, 0, 0, 0), "an int; it must be a bool"),
         ("pool_to", -1, "between 0"),
         ("dropout_of", "both", "inputs, outputs"),
         ("bias_ones", ("conv6",), "conv1, conv2"),
-        ("bias_ones", (["fc1"],), "conv1, conv2"),
+        ("bias_ones[0]", (["fc1"],), "a list; it must be a str"),
     ],
 )
 def test_impossible_fields_are_refused_by_name(option, value, why):
-    message = rf"config\.model\.{option} is {re.escape(repr(value))}.*{why}"
+    name, _, item = option.rstrip("]").partition("[")
+    shown = value[int(item)] if item else value
+    message = rf"config\.model\.{re.escape(option)} is {re.escape(repr(shown))}.*{why}"
     with pytest.raises(InputError, match=message):
-        AlexNet(num_classes=5, **{option: value})
+        AlexNet(num_classes=5, **{name: value})
 
 
 def test_images_too_small_for_a_convolution_are_refused():

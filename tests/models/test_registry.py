@@ -31,7 +31,9 @@ def build(size=16, **options):
     model = AlexNet(num_classes=5, **options)
     rng = np.random.default_rng(0)
     images = rng.normal(size=(8, size, size, 3)).astype(np.float32)
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    variables = jax.eval_shape(
+        lambda images: model.init(jax.random.key(0), images, train=False), images
+    )
     # Kernels as by He et al.; the rest other than the zeros and ones in which an error hides.
     variables = jax.tree.map(
         lambda leaf: (
@@ -141,7 +143,8 @@ def test_forward_pass_agrees_with_pytorch(options):
 
 
 def test_dropout_drops_only_in_training():
-    model, variables, images = build(dropout=0.25, **TINY | {"hidden": (1000, 1000)})
+    model, *inputs = build(dropout=0.25, **TINY | {"hidden": (1000, 1000)})
+    variables, images = jax.tree.map(jnp.asarray, inputs)
 
     @functools.partial(jax.jit, static_argnames="train")
     def dropped(train, seed):
@@ -193,18 +196,18 @@ def test_bfloat16_computes_nearly_the_same():
     exact, nearly = (np.asarray(evaluate(m, variables, images)) for m in (model, low))
     error = np.abs(nearly - exact).max() / np.abs(exact).max()
     assert 1e-5 < error < 0.02  # bfloat16 has 8 bits; equal logits would be float32's
-    created = jax.eval_shape(lambda: low.init(jax.random.key(0), images, train=False))
+    created = jax.eval_shape(lambda x: low.init(jax.random.key(0), x, train=False), images)
     assert {leaf.dtype for leaf in jax.tree.leaves(created)} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize(("name", "gain"), [("he_normal", 2), ("lecun_normal", 1)])
-def test_kernels_start_with_the_deviation_asked_for(name, gain):
+def test_kernels_have_the_standard_deviation_of_their_initializer(name, gain):
     one = {"features": (64,), "kernels": (3,), "strides": (1,), "pools": (True,)}
     model = AlexNet(num_classes=5, hidden=(256,), kernel_init=name, **one)
     params = model.init(jax.random.key(0), jnp.zeros((1, 2, 2, 3)), train=False)["params"]
     for layer, fan_in in (("conv1", 3 * 9), ("fc1", 64)):
-        deviation = np.std(params[layer]["kernel"])
-        assert deviation == pytest.approx((gain / fan_in) ** 0.5, rel=0.08)
+        std = np.std(params[layer]["kernel"])
+        assert std == pytest.approx((gain / fan_in) ** 0.5, rel=0.08)
 
 
 @pytest.mark.parametrize("groups", [2, 3])

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from alexnet_jax.data.augment import create_normalize
-from alexnet_jax.models import measure_fixed, whitening
+from alexnet_jax.models import init_from_data, whitening
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.models.whitening import COLLECTION, EPSILON, NAME, whitening_kernels
 from alexnet_jax.state import create_state
 from alexnet_jax.steps import train_step
 
-MEAN, DEVIATION = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
+MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 SMALL = {"features": (4,), "kernels": (3,), "strides": (1,), "pools": (True,), "hidden": (8,)}
 
 
 def smooth_images(count=40, size=12):
-    """Neighbouring pixels and channels resemble each other, as in photographs."""
+    """Neighboring pixels and channels resemble each other, as in photographs."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(40, 216, (count, size // 4, size // 4, 1)) + rng.integers(
         -20, 20, (count, size // 4, size // 4, 3)
@@ -31,9 +31,9 @@ def smooth_images(count=40, size=12):
 
 
 def torch_patches(images, side):
-    """[N * positions, k, k, C] of the normalised images, by PyTorch's unfold."""
+    """[N * positions, k, k, C] of the normalized images, by PyTorch's unfold."""
     x = (torch.tensor(images).double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(
-        DEVIATION
+        STD
     ).double()
     patches = x.permute(0, 3, 1, 2).unfold(2, side, 1).unfold(3, side, 1)
     return patches.permute(0, 2, 3, 4, 5, 1).reshape(-1, side, side, 3).numpy()
@@ -42,7 +42,7 @@ def torch_patches(images, side):
 @pytest.mark.parametrize("side", [1, 2, 3])
 def test_the_kernels_whiten_the_patches(side):
     images = smooth_images()
-    kernels = whitening_kernels(images, MEAN, DEVIATION, side)
+    kernels = whitening_kernels(images, MEAN, STD, side)
     size = 3 * side**2
     assert kernels.shape == (side, side, 3, 2 * size)
     assert kernels.dtype == np.float32
@@ -58,13 +58,13 @@ def test_the_kernels_whiten_the_patches(side):
 def test_the_kernels_do_not_depend_on_the_order_of_the_images():
     images = smooth_images(600)
     shuffled = images[np.random.default_rng(1).permutation(len(images))]
-    measure = functools.partial(whitening_kernels, mean=MEAN, deviation=DEVIATION, side=2)
+    measure = functools.partial(whitening_kernels, mean=MEAN, std=STD, side=2)
     np.testing.assert_array_equal(measure(images), measure(shuffled))
 
 
 def test_the_kernels_do_not_depend_on_how_many_images_go_together(monkeypatch):
     images = smooth_images(7)
-    measure = functools.partial(whitening_kernels, images, MEAN, DEVIATION, 2)
+    measure = functools.partial(whitening_kernels, images, MEAN, STD, 2)
     together = measure()
     monkeypatch.setattr(whitening, "CHUNK_BYTES", 3 * 8 * 12 * 11 * 11)
     np.testing.assert_array_equal(measure(), together)
@@ -73,23 +73,23 @@ def test_the_kernels_do_not_depend_on_how_many_images_go_together(monkeypatch):
 def test_the_network_convolves_with_them_and_keeps_the_size():
     images = smooth_images(3)
     model = AlexNet(num_classes=5, whitening=2, **SMALL)
-    fixed = measure_fixed(model, lambda count: images, MEAN, DEVIATION)
+    fixed = init_from_data(model, lambda count: images, MEAN, STD)
     kernel = fixed[COLLECTION][NAME]["kernel"]
     rng = np.random.default_rng(0)
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images * 1.0, train=False))
-    params = jax.tree.map(
-        lambda x: rng.normal(size=x.shape).astype(np.float32), variables["params"]
+    variables = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.float32(images), train=False)
     )
-    normalised = create_normalize(MEAN, DEVIATION)(jnp.asarray(images))
+    params = jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), variables["params"])
+    normalized = create_normalize(MEAN, STD)(jnp.asarray(images))
     _, seen = model.apply(
-        {"params": params, **fixed}, normalised, train=False, capture_intermediates=True
+        {"params": params, **fixed}, normalized, train=False, capture_intermediates=True
     )
     ours = seen["intermediates"][NAME]["__call__"][0]
     x = torch.nn.functional.pad(
-        torch.tensor(np.asarray(normalised)).permute(0, 3, 1, 2), (0, 1) * 2
+        torch.tensor(np.asarray(normalized)).permute(0, 3, 1, 2), (0, 1) * 2
     )
     theirs = torch.nn.functional.conv2d(
-        x, torch.tensor(kernel).permute(3, 2, 0, 1), torch.tensor(params[NAME]["bias"])
+        x, torch.tensor(kernel).permute(3, 2, 0, 1), torch.tensor(np.asarray(params[NAME]["bias"]))
     ).permute(0, 2, 3, 1)
     assert ours.shape == (3, 12, 12, 24)
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-4)
@@ -99,7 +99,7 @@ def test_the_network_convolves_with_them_and_keeps_the_size():
 def test_a_state_has_them_and_training_leaves_them():
     images = smooth_images(8)
     model = AlexNet(num_classes=5, whitening=2, norm="batch", **SMALL)
-    fixed = measure_fixed(model, lambda count: images, MEAN, DEVIATION)
+    fixed = init_from_data(model, lambda count: images, MEAN, STD)
     optimizer = optax.sgd(0.1)
     create = functools.partial(create_state, model, optimizer, (12, 12, 3), 0)
     state = jax.jit(functools.partial(create, ema=True, fixed=fixed))()
@@ -110,7 +110,7 @@ def test_a_state_has_them_and_training_leaves_them():
         train_step,
         model=model,
         optimizer=optimizer,
-        normalize=create_normalize(MEAN, DEVIATION),
+        normalize=create_normalize(MEAN, STD),
         augment=lambda key, images: images,
         ema_decay=0.5,
     )
@@ -123,7 +123,10 @@ def test_a_state_has_them_and_training_leaves_them():
 
 
 def test_without_whitening_no_image_is_looked_at():
-    assert measure_fixed(AlexNet(num_classes=5, **SMALL), None, MEAN, DEVIATION) == {}
+    def read_images(count):
+        raise AssertionError
+
+    assert init_from_data(AlexNet(num_classes=5, **SMALL), read_images, MEAN, STD) == {}
     model = AlexNet(num_classes=5, whitening=2, whitening_bias=False, **SMALL)
     shapes = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)

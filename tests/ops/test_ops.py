@@ -82,9 +82,9 @@ def test_convolutions_equal_xlas(image, kernel, stride, padding):
 def test_convolutions_of_a_few_images_at_a_time(batch, loops, monkeypatch):
     """Of 4 or 3 in place of 12; of 11, a prime number, all; and 2 are few anyway."""
     tiles = 4 * 36 * (16 + 24) * 4  # bytes of an image's
-    monkeypatch.setattr(winograd, "_WHOLE_BYTES", 3 * tiles)
-    monkeypatch.setattr(winograd, "_CHUNK_BYTES", 5 * tiles)
-    monkeypatch.setattr(winograd, "_CHUNK_PER_KERNELS", 0)
+    monkeypatch.setattr(winograd, "WHOLE_BYTES", 3 * tiles)
+    monkeypatch.setattr(winograd, "CHUNK_BYTES", 5 * tiles)
+    monkeypatch.setattr(winograd, "CHUNK_PER_KERNELS", 0)
     images, weights = normal(batch, 8, 7, 16), normal(3, 3, 16, 24, seed=1)
 
     def convolve(op):
@@ -132,7 +132,7 @@ def test_patches_that_would_fill_the_memory_are_left_to_xla(monkeypatch):
         return convolution.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=NHWC)
 
     assert not uses_lax(convolve, images, weights)
-    monkeypatch.setattr(convolution, "_PATCHES_BYTES", 4 * 2 * 8 * 8 * 100 - 1)
+    monkeypatch.setattr(convolution, "MAX_PATCH_BYTES", 4 * 2 * 8 * 8 * 100 - 1)
     assert uses_lax(convolve, images, weights)
 
 
@@ -345,7 +345,7 @@ def test_patches_in_bfloat16_that_would_fill_the_memory_are_left_to_xla(monkeypa
         return amx.conv_relu_pool(images, kernel, jnp.zeros(6), stride=1, pool=None)
 
     assert not uses_lax(layer, images, kernel)
-    monkeypatch.setattr(amx, "_TAPS_BYTES", 4 * 9 * 4 * 2 * 16 - 1)
+    monkeypatch.setattr(amx, "MAX_PATCH_BYTES", 4 * 9 * 4 * 2 * 16 - 1)
     assert uses_lax(layer, images, kernel)
 
 
@@ -547,11 +547,25 @@ def test_instruction_sets_are_read_as_linux_lists_them(tmp_path):
     assert cpu_info.instruction_sets(tmp_path / "none") == frozenset()
 
 
-def test_a_cpu_has_a_name_and_cores(tmp_path):
+def test_a_cpu_is_named_by_linux_or_else_by_its_architecture(tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t: fpu\n")
-    assert cpu_info.cpu_name(tmp_path / "cpuinfo") == "AMD EPYC"
-    assert cpu_info.cpu_name(tmp_path / "none") == (platform.processor() or platform.machine())
-    assert 1 <= cpu_info.cores() <= os.cpu_count()
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    for processor, name in (("POWER9", "POWER9"), ("", "riscv64")):
+        monkeypatch.setattr(platform, "processor", lambda processor=processor: processor)
+        assert cpu_info.cpu_name(tmp_path / "cpuinfo") == "AMD EPYC"
+        assert cpu_info.cpu_name(tmp_path / "none") == name
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert cpu_info.cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert cpu_info.cores() == 12
 
 
 def test_the_switch(caplog, monkeypatch):
@@ -576,7 +590,6 @@ def test_the_switch_in_bfloat16(caplog, monkeypatch):
     assert caplog.records[-1].levelname == "WARNING"
     assert "no AMX" in caplog.text
     assert ops.choose("on", "cpu", "bfloat16") is ops.AMX
-    monkeypatch.setattr(ops, "_largest_error", lambda *_: 0.0)  # once is enough
     assert "no instructions for them" in caplog.text
     monkeypatch.setattr(cpu_info, "instruction_sets", lambda: frozenset({"amx_bf16", "avx2"}))
     assert ops.choose("auto", "cpu", "bfloat16") is ops.AMX
