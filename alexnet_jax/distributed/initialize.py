@@ -1,8 +1,7 @@
 """Joins the processes of a run, as flags or the environment of a cluster describe them.
 
-Every process runs the same program. What only one of them may see (a signal, a clock, a wrong file)
-is first agreed on (`collectives`), and one that fails takes the others with it (`watchdog`): a
-process that went its own way would leave the others waiting.
+Every process runs the same program. What only one of them may see, such as a signal or an error,
+they agree on (`collectives`), and one that fails ends the others (`watchdog`): none waits in vain.
 """
 
 import importlib.util

@@ -59,7 +59,7 @@ class MetricWriter:
                 self._metrics = MetricsFile(folder / METRICS, last_step=step)
                 self._stack.enter_context(closing(self._metrics))
         if first and tensorboard:
-            self._stack.enter_context(closing(TensorBoard(folder)))
+            self._stack.enter_context(tensorboard_events(folder))
         self.progress = self._stack.enter_context(closing(Progress(total_steps, bar=first)))
         self._start = time.monotonic()
         # When the last dispatches were seen to end, and the images of each; the pace is measured
@@ -173,54 +173,44 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class TensorBoard:
-    """Runs `alexnet_jax.run.tensorboard`, which writes events from ``metrics.jsonl``.
+TENSORBOARD_PATIENCE = 60.0  # seconds to wait at the end; importing TensorFlow may take ten
 
-    Where TensorFlow is missing, it warns once and does nothing.
+
+@contextmanager
+def tensorboard_events(folder: Path) -> Iterator[None]:
+    """Has `alexnet_jax.run.tensorboard` write events of all metrics that are written meanwhile.
+
+    Warns where it cannot.
     """
-
-    PATIENCE = 60.0  # seconds to wait at the end; importing TensorFlow may take ten
-
-    def __init__(self, folder: Path) -> None:
-        """Starts the process; it reads what is written to ``metrics.jsonl`` from now on."""
-        self._process: subprocess.Popen[bytes] | None = None
-        needs = ("tensorflow", "tensorboard")
-        if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
-            log.warning(
-                "No TensorBoard events are written without %s; metrics.jsonl has all metrics.",
-                " and ".join(missing),
-            )
-            return
-        offset = str((folder / METRICS).stat().st_size)
+    needs = ("tensorflow", "tensorboard")
+    if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
+        names = " and ".join(missing)
+        log.warning("No TensorBoard events are written without %s.", names)
+        yield
+        return
+    command = [sys.executable, "-m", "alexnet_jax.run.tensorboard", str(folder)]
+    command.append(str((folder / METRICS).stat().st_size))
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,  # else Ctrl-C would reach it, too, while it starts
+        )
         try:
-            self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "alexnet_jax.run.tensorboard", str(folder), offset],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=self._errors,
-                start_new_session=True,  # else Ctrl-C would reach it, too, while it starts
-            )
-        except OSError as error:  # no space for a file or another process, say
-            log.warning("No TensorBoard events are written (%s).", error.strerror)
-
-    def close(self) -> None:
-        """Waits until all events are written; warns if they cannot be."""
-        if self._process is None:
-            return
-        try:
-            self._process.communicate(timeout=self.PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.returncode:
-            self._errors.seek(0)
-            last = self._errors.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
-            log.warning(
-                "TensorBoard events are incomplete (%s); metrics.jsonl has all metrics.",
-                last or f"exit code {self._process.returncode}",
-            )
-        self._errors.close()
+            yield
+        finally:
+            try:
+                process.communicate(timeout=TENSORBOARD_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.returncode:
+                errors.seek(0)
+                lines = errors.read().decode(errors="replace").strip().splitlines()
+                reason = lines[-1] if lines else f"exit code {process.returncode}"
+                log.warning("TensorBoard events are incomplete (%s).", reason)
 
 
 class Progress:

@@ -20,7 +20,7 @@ import pytest
 from alexnet_jax.errors import SaveFailed
 from alexnet_jax.experiments.report import inputs
 from alexnet_jax.run import files, tensorboard, writers
-from alexnet_jax.run.writers import MetricsFile, MetricWriter, Progress, TensorBoard, read_metrics
+from alexnet_jax.run.writers import MetricsFile, MetricWriter, Progress, read_metrics
 
 METRICS = {"loss": 2.0, "accuracy": 0.25}
 
@@ -220,12 +220,11 @@ def test_tensorboard_itself_shows_a_run(tmp_path):
     )
     fill(folder / "metrics.jsonl", 1, 2)  # by an earlier session, which has its own events
     metrics = MetricsFile(folder / "metrics.jsonl", last_step=2)
-    board = TensorBoard(folder)
-    metrics.write(record(3, loss=0.5, images=128))
-    metrics.write(record(4, loss=0.125, images=128))
-    metrics.write(record(4, "validation", loss=0.5, accuracy=0.25))  # of a run without a test
-    metrics.close()
-    board.close()
+    with writers.tensorboard_events(folder):
+        metrics.write(record(3, loss=0.5, images=128))
+        metrics.write(record(4, loss=0.125, images=128))
+        metrics.write(record(4, "validation", loss=0.5, accuracy=0.25))  # of a run without a test
+        metrics.close()
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", SERVE, str(folder.parent)],
         stdin=subprocess.PIPE,
@@ -289,8 +288,8 @@ def test_scalars_are_the_metrics():
 @pytest.mark.parametrize(
     ("missing", "says"),
     [
-        (("tensorflow",), "No TensorBoard events are written without tensorflow;"),
-        (("tensorboard", "tensorflow"), "without tensorflow and tensorboard;"),
+        (("tensorflow",), "No TensorBoard events are written without tensorflow."),
+        (("tensorboard", "tensorflow"), "without tensorflow and tensorboard."),
     ],
 )
 def test_without_tensorflow_it_says_so_once(path, monkeypatch, caplog, missing, says):
@@ -299,8 +298,8 @@ def test_without_tensorflow_it_says_so_once(path, monkeypatch, caplog, missing, 
         importlib.util, "find_spec", lambda name: None if name in missing else real(name)
     )
     fill(path, 1)
-    board = TensorBoard(path.parent)
-    board.close()
+    with writers.tensorboard_events(path.parent):
+        pass
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING
     assert says in warning.getMessage()
@@ -310,7 +309,8 @@ def test_without_tensorflow_it_says_so_once(path, monkeypatch, caplog, missing, 
 def test_a_child_that_dies_costs_a_warning(path, monkeypatch, caplog):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     fill(path, 1)
-    TensorBoard(path.parent).close()
+    with writers.tensorboard_events(path.parent):
+        pass
     (warning,) = caplog.records
     assert "TensorBoard events are incomplete (exit code 1)" in warning.getMessage()
 
@@ -320,10 +320,11 @@ def test_a_child_that_hangs_is_ended(path, monkeypatch, caplog):
     sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
     sleeper.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(sleeper))
-    monkeypatch.setattr(TensorBoard, "PATIENCE", 0.1)
+    monkeypatch.setattr(writers, "TENSORBOARD_PATIENCE", 0.1)
     fill(path, 1)
     start = time.monotonic()
-    TensorBoard(path.parent).close()
+    with writers.tensorboard_events(path.parent):
+        pass
     assert time.monotonic() - start < 20
     assert "TensorBoard events are incomplete" in caplog.text
 
