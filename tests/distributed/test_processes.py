@@ -16,6 +16,7 @@ from alexnet_jax import train
 from alexnet_jax.distributed import collectives, sharding
 from alexnet_jax.distributed.initialize import ProcessFlags, initialize_arguments
 from alexnet_jax.errors import EXIT_LOST, InputError
+from alexnet_jax.experiments.report import page
 from alexnet_jax.run import directory, writers
 
 pytestmark = [
@@ -215,7 +216,7 @@ def test_two_processes_train_stop_die_and_go_on_as_one(tmp_path, monkeypatch):
     config = runpy.run_path(str(ROOT / "configs/digits.py"))["get_config"]()
     config.update_from_flattened_dict(OPTIONS | {"data.data_dir": str(data_dir)})
     monkeypatch.setattr(sharding, "make_mesh", lambda: MAKE_MESH(jax.devices()[:1]))
-    monkeypatch.setattr(train, "_make_report", lambda folder: None)  # has its own tests
+    monkeypatch.setattr(page, "write_report", lambda folder: None)  # has its own tests
     train.run(config, alone)
     arguments = ["--config=configs/digits.py", f"--workdir={many}"]
     arguments += [f"--config.{key}={value}" for key, value in OPTIONS.items()]
@@ -234,7 +235,7 @@ def test_two_processes_train_stop_die_and_go_on_as_one(tmp_path, monkeypatch):
     # One of them is killed: the other says so and ends.
     ended = run_two(*arguments, signals=((0, 0), (int(signal.SIGKILL), 14)))
     assert [code for code, _ in ended] == [EXIT_LOST, -signal.SIGKILL], ended
-    assert f"Going on from step {saved}." in ended[0][1]
+    assert f"Resuming from step {saved}." in ended[0][1]
     assert (
         "error: process 1 of this run is gone, and none can continue without it; re" in ended[0][1]
     )
@@ -243,8 +244,8 @@ def test_two_processes_train_stop_die_and_go_on_as_one(tmp_path, monkeypatch):
     # What two processes have saved goes on in one, with another number of devices.
     train.run(config, many)
     log = (many / "log.txt").read_text()
-    assert "on 4 cpu devices of 2 processes." in log
-    assert "on 1 cpu device." in log
+    assert re.search(r"epochs, on 4 x cpu on .* in 2 processes\.$", log, re.MULTILINE)
+    assert re.search(r"epochs, on \d+ cores? of .*\.$", log, re.MULTILINE)
     # All of it is the run that one process does on one device, to rounding, which grows.
     for one, other in zip(records(alone), records(many), strict=True):
         assert one.keys() == other.keys()
