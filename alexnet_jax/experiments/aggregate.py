@@ -105,12 +105,7 @@ def group(runs: Sequence[RunResult]) -> list[list[RunResult]]:
 
 
 def confidence(values: Sequence[float], level: float = 0.95) -> float:
-    """Returns half the width of the confidence interval of the mean, by Student's t.
-
-    Args:
-        values: At least two; NaN is returned for fewer.
-        level: Between 0 and 1.
-    """
+    """Returns half the width of the mean's confidence interval (Student's t); NaN for one value."""
     if len(values) < 2:
         return math.nan
     return float(stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values))
@@ -140,10 +135,6 @@ def table(groups: Groups, names: Sequence[str]) -> str:
     The time is of one seed, from start to end and including validation; where the seeds of a row
     ran on different hardware, it is of those on the hardware of the first. Accuracies are of the
     validation images where the test set was not evaluated.
-
-    Args:
-        groups: Groups of runs (see `group`).
-        names: The name of each row.
 
     Raises:
         InputError: Some runs have no accuracy on test images, and some none on validation images.
@@ -213,11 +204,8 @@ def _origin(members: Sequence[RunResult], name: str, split: str) -> str:
 def command(run: RunResult, name: str, configs: Sequence[Path] = CONFIG_FOLDERS) -> str:
     """Returns a command that trains such a run: the nearest config file, and what differs from it.
 
-    Args:
-        run: A run; its seed is left out.
-        name: Name of the run folder below "runs" in the command, where options differ; the folder
-            named after the config is for the config as it is.
-        configs: Folders of config files.
+    Where anything differs, it names the folder "runs/NAME"; the one that is named after the config
+    is for the config as it is.
     """
     changed = {
         file: [key for key, value in run.compared.items() if value != options[key]]

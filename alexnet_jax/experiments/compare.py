@@ -57,9 +57,9 @@ def train(
     """Trains one run after the other; those that are finished end at once.
 
     Args:
-        entries: Of different names.
+        entries: Configs of different names.
         workdir: Parent of the run folders.
-        seeds: Number of seeds, from 0 on.
+        seeds: Number of seeds.
         flags: Flags of `alexnet_jax.main` for all runs.
         separately: Whether each seed is a run of its own, which streamed images require, instead
             of one run per config.

@@ -232,11 +232,7 @@ def _check_output(folder: Path, overwrite: bool) -> None:
 def check(runner: Runner, function: Function, size: int, kind: str) -> float:
     """Returns the largest difference between the probabilities of an artifact and of the network.
 
-    Args:
-        runner: The artifact in its runtime.
-        function: The network.
-        size: Side of synthetic images, in pixels.
-        kind: The format, for the message.
+    Both are given synthetic images of so many pixels a side; `kind` is the format, for the message.
 
     Raises:
         InputError: A difference is too large.

@@ -20,10 +20,10 @@ def model_card(
     """Writes a model card (Mitchell et al., 2019, "Model Cards for Model Reporting") in Markdown.
 
     Args:
-        network: From `alexnet_jax.load`.
-        artifact: Name of the file or folder that is described.
+        network: The exported network.
+        artifact: Name of the exported file or folder.
         runtime: What runs it.
-        difference: Largest difference found between its probabilities and the network's.
+        difference: The largest one found between its probabilities and the network's.
         command: The command that made it.
     """
     import jinja2

@@ -27,7 +27,7 @@ from alexnet_jax.optim.schedules import create_schedule
 from alexnet_jax.run import directory, files
 from alexnet_jax.state import TrainState
 
-Arrays = Mapping[str, np.ndarray]
+Arrays = Mapping[str, np.ndarray]  # by their names in torchvision, such as "features.0.weight"
 
 # Our layers by name: torchvision's name, and the size of a kernel.
 LAYERS = {
@@ -54,9 +54,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def widths(state_dict: Arrays) -> dict[str, tuple[int, ...]]:
     """Checks that a state dict is that of torchvision's AlexNet, of any width.
-
-    Args:
-        state_dict: Arrays by their names in torchvision, "features.0.weight" and so on.
 
     Returns:
         `features` and `hidden` as `AlexNet` has them, and `classes`, of one entry.

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from alexnet_jax import evaluation
 from alexnet_jax.cli import evaluate
+from alexnet_jax.inference.evaluate import evaluate_network
 
 pytestmark = [
     # Orbax and TensorStore leave their event loops to the garbage collector.
@@ -16,7 +16,7 @@ pytestmark = [
 
 
 def test_the_evaluation_program(run, network, tmp_path, capsys):
-    right = evaluation.evaluate_network(network).results
+    right = evaluate_network(network).results
     file = tmp_path / "figures.json"
     assert evaluate.main([str(run), f"--json={file}"]) == 0
     table = capsys.readouterr().out

@@ -18,12 +18,12 @@ from made_up_run import ACCURACIES, SIZE, make_run
 from PIL import Image
 
 import alexnet_jax
-from alexnet_jax import evaluation
 from alexnet_jax.data import augment
 from alexnet_jax.data.source import load_source
 from alexnet_jax.distributed import sharding
 from alexnet_jax.errors import InputError
 from alexnet_jax.inference import contact_sheet, predictor, saliency
+from alexnet_jax.inference.evaluate import evaluate_network
 
 pytestmark = [
     # Orbax and TensorStore leave their event loops to the garbage collector.
@@ -105,7 +105,7 @@ def test_nothing_in_the_run_folder_changes(run):
     before = everything(run)
     network = alexnet_jax.load(run, checkpoint="best")
     network.predict(np.zeros((SIZE, SIZE), np.uint8))
-    evaluation.evaluate_network(network, "validation")
+    evaluate_network(network, "validation")
     assert everything(run) == before
 
 
@@ -368,7 +368,7 @@ def test_half_precision_is_used_where_the_run_does(network, run, tmp_path, test_
 
 def test_loss_accuracy_and_confusion_are_those_of_the_answers(network, made, test_set):
     images, labels = test_set
-    found = evaluation.evaluate_network(network)
+    found = evaluate_network(network)
     assert (found.data, found.split, found.images) == ("digits", "test", 360)
     state = made[1][30]
     for name, right in (("test", state), ("test_ema", state.averaged())):
@@ -382,12 +382,12 @@ def test_loss_accuracy_and_confusion_are_those_of_the_answers(network, made, tes
 
 
 def test_parts_of_splits_and_streams_can_be_measured(network):
-    half = evaluation.evaluate_network(network, "test[:50%]")
+    half = evaluate_network(network, "test[:50%]")
     assert half.images == 180 == half.results["test[:50%]"]["confusion"].sum()
     data = dataclasses.replace(network.config.data, in_memory="off", workers=0)
-    streamed = evaluation.evaluate_network(network, "train", data)
+    streamed = evaluate_network(network, "train", data)
     assert streamed.images == 1295 == streamed.results["train"]["confusion"].sum()
-    resident = evaluation.evaluate_network(network, "train")
+    resident = evaluate_network(network, "train")
     np.testing.assert_array_equal(
         streamed.results["train"]["confusion"], resident.results["train"]["confusion"]
     )
@@ -401,23 +401,23 @@ def changed(network, **changes):
 def test_other_data_are_measured_only_where_they_fit(network):
     other = changed(network, class_names=[*network.class_names[:9], "ten"])
     with pytest.raises(InputError, match="number 9 is '9' there and 'ten' here"):
-        evaluation.evaluate_network(other)
+        evaluate_network(other)
     other = changed(network, class_names=["0", "1"])
     with pytest.raises(InputError, match="it has 10 and the network 2"):
-        evaluation.evaluate_network(other)
+        evaluate_network(other)
     other = changed(network, checksums={"train": "others", "test": "others"})
     for split in ("test", "validation", "test[:10]"):
         with pytest.raises(InputError, match=r"have changed since the run .* they were others"):
-            evaluation.evaluate_network(other, split)
+            evaluate_network(other, split)
     data = dataclasses.replace(network.config.data, image_size=9)
     with pytest.raises(InputError, match=r"image_size is 9; the network was trained with 8"):
-        evaluation.evaluate_network(network, data=data)
+        evaluate_network(network, data=data)
     renamed = changed(other, name="another")
-    assert evaluation.evaluate_network(renamed, "test[:10]").images == 10
+    assert evaluate_network(renamed, "test[:10]").images == 10
     for too_small in (0.0, 0.003):
         data = dataclasses.replace(network.config.data, validation_fraction=too_small)
         with pytest.raises(InputError, match="has no validation images"):
-            evaluation.evaluate_network(network, "validation", data)
+            evaluate_network(network, "validation", data)
 
 
 # --- where it looks -----------------------------------------------------------------------------
