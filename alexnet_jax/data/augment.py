@@ -16,32 +16,22 @@ from jaxtyping import Float, Int, Num, UInt8
 from alexnet_jax.data.options import AugmentConfig
 
 Images = Num[Array, "batch height width channels"]  # uint8, or float32 once colors are shifted
+UInt8Images = UInt8[Array, "batch height width channels"]
 Normalize = Callable[[Array], Array]  # [B, H, W, C] on the scale 0..255 -> float32[B, h, w, C]
 
 
 class Keys(NamedTuple):
-    """Random keys of an augmentation.
+    """Random keys of an augmentation."""
 
-    Attributes:
-        step: Another one at each step.
-        run: The same at every step of a run.
-    """
-
-    step: Array
-    run: Array
+    step: Array  # another one at each step
+    run: Array  # the same at every step of a run
 
 
 Augment = Callable[[Keys, Array, Array, Array], tuple[Array, Array]]
 
 
 def pad(images: Images, padding: int, mode: str = "reflect") -> Images:
-    """Pads images by `padding` pixels on each side.
-
-    Args:
-        images: Of any dtype.
-        padding: By reflection less than H and W.
-        mode: "reflect", or "constant", which pads with zeros.
-    """
+    """Pads each side by `padding` pixels, by reflection or with zeros ("constant")."""
     edge = (padding, padding)
     return jnp.pad(images, ((0, 0), edge, edge, (0, 0)), mode=mode)
 
@@ -49,8 +39,8 @@ def pad(images: Images, padding: int, mode: str = "reflect") -> Images:
 def random_crop(key: Array, images: Images, size: tuple[int, int]) -> Images:
     """Crops each image to a window (height, width) from anywhere in it."""
     batch, height, width, channels = images.shape
-    top, left = height - size[0], width - size[1]
-    corners = jax.random.randint(key, (batch, 2), 0, jnp.array([[top + 1, left + 1]]))
+    ends = jnp.array([[height - size[0] + 1, width - size[1] + 1]])
+    corners = jax.random.randint(key, (batch, 2), 0, ends)
 
     def crop(image: Array, corner: Array) -> Array:
         start = (corner[0], corner[1], jnp.zeros((), corner.dtype))
@@ -71,19 +61,12 @@ def random_flip(key: Array, images: Images) -> Images:
     return jnp.where(flipped, images[:, :, ::-1], images)
 
 
-def alternating_flip(
-    key: Array, epoch: Int[Array, ""], images: UInt8[Array, "batch height width channels"]
-) -> UInt8[Array, "batch height width channels"]:
+def alternating_flip(key: Array, epoch: Int[Array, ""], images: UInt8Images) -> UInt8Images:
     """Flips each image horizontally in every other epoch, a random half of them in the first.
 
     So each image is seen both ways in any two epochs (Jordan, 2024, "94% on CIFAR-10 in 3.29
-    seconds on a single GPU"). Which half an image belongs to follows from its own pixels, by a
-    random hash: no index of it has to travel with it, wherever it comes from.
-
-    Args:
-        key: The same in all epochs.
-        epoch: From 0.
-        images: As the data set has them.
+    seconds on a single GPU"). Which half an image belongs to is a random hash of its pixels, so
+    that no index has to travel with it. The key must be the same in all epochs.
     """
     factors = jax.random.bits(key, (1, *images.shape[1:]), jnp.uint32)
     hashes = (images.astype(jnp.uint32) * factors).sum((1, 2, 3), dtype=jnp.uint32)
@@ -92,20 +75,8 @@ def alternating_flip(
     return jnp.where(flipped.astype(bool).reshape(-1, 1, 1, 1), images[:, :, ::-1], images)
 
 
-def cutout(
-    key: Array,
-    images: UInt8[Array, "batch height width channels"],
-    side: int,
-    fill: tuple[int, ...],
-) -> UInt8[Array, "batch height width channels"]:
-    """Covers a square of each image (DeVries and Taylor, 2017), which may reach beyond its edge.
-
-    Args:
-        key: Random key.
-        images: Not changed elsewhere.
-        side: Of the square, in pixels.
-        fill: Color of the square; the data set's mean becomes 0 once normalized.
-    """
+def cutout(key: Array, images: UInt8Images, side: int, fill: tuple[int, ...]) -> UInt8Images:
+    """Fills a square of each image (DeVries and Taylor, 2017), which may reach beyond its edge."""
     batch, height, width, _ = images.shape
     keys = jax.random.split(key)
 
@@ -122,26 +93,20 @@ def cutout(
 def pca_jitter(
     key: Array, images: Images, components: Array | np.ndarray, std: float
 ) -> Float[Array, "batch height width channels"]:
-    """Adds a random color to each image, as colors vary in the data set.
+    """Adds a random color to each image, without clipping: PCA color augmentation.
 
-    PCA color augmentation of Krizhevsky, Sutskever and Hinton (2012), section 4.1. The text there
-    multiplies the principal components by eigenvalues of the covariance; Krizhevsky's cuda-convnet2
-    by standard deviations, which are their square roots, and have the unit of a color. So does
-    this.
+    Krizhevsky, Sutskever and Hinton (2012), section 4.1, multiply the principal components by
+    eigenvalues of the covariance; Krizhevsky's cuda-convnet2 by standard deviations, which are
+    their square roots and have the unit of a color. So does this.
 
     Args:
         key: Random key.
         images: On the scale 0..255.
         components: [C, C], of `statistics.principal_components`.
         std: Of the normal distribution that each component's share is drawn from.
-
-    Returns:
-        On the same scale, and not clipped to it.
     """
-    batch, _, _, channels = images.shape
-    shares = std * jax.random.normal(key, (batch, channels))
-    precision = jax.lax.Precision.HIGHEST
-    shift = jnp.matmul(shares, jnp.asarray(components, jnp.float32), precision=precision)
+    shares = std * jax.random.normal(key, (images.shape[0], images.shape[3]))
+    shift = jnp.matmul(shares, jnp.asarray(components, jnp.float32), precision="highest")
     # On a grid of 1/256, where sums are exact: else the streamed and the in-memory path, which XLA
     # fuses otherwise, would differ in their last bits.
     shift = jnp.round(shift * 256) / 256
@@ -158,9 +123,9 @@ def create_augment(
 
     Args:
         config: The section.
-        mean: Of each channel, on the scale 0..1, which cutout covers with.
+        mean: Of each channel, on the scale 0..1, which cutout fills with.
         crop_size: `config.data.crop_size`.
-        components: Of `statistics.principal_components`, if the section has a `pca_jitter`.
+        components: Of `statistics.principal_components`, if there is a `config.pca_jitter`.
     """
     fill = tuple(round(255 * value) for value in mean)
 
@@ -192,10 +157,8 @@ def create_normalize(
 ) -> Normalize:
     """Returns the function that maps images on the scale 0..255 to float32 with mean 0 and std 1.
 
-    Args:
-        mean: Of each channel, on the scale 0..1.
-        std: Of each channel, on the scale 0..1.
-        crop_size: Side of the center that larger images are cropped to; 0 leaves them whole.
+    `mean` and `std` are of each channel, on the scale 0..1. With a `crop_size` the images are
+    cropped to their center.
     """
     # (x / 255 - mean) / std, as one multiplication and one addition.
     scale = np.reshape(1 / (255 * np.array(std)), (1, 1, 1, -1)).astype(np.float32)

@@ -26,17 +26,11 @@ class Feed(Protocol):
 
 
 class InMemoryFeed(flax.struct.PyTreeNode):
-    """Batches gathered from a data set that is on the device.
+    """Batches gathered from a data set that is on the device."""
 
-    Attributes:
-        image: uint8[N, H, W, C].
-        label: int32[N].
-        rows: int32[K, B], which images make each batch; int32[R, K, B] for R replicas.
-    """
-
-    image: Array
-    label: Array
-    rows: Array
+    image: Array  # uint8[N, H, W, C]
+    label: Array  # int32[N]
+    rows: Array  # int32[K, B], which images make each batch; int32[R, K, B] for R replicas
 
     @property
     def num_steps(self) -> int:
@@ -46,21 +40,14 @@ class InMemoryFeed(flax.struct.PyTreeNode):
     def batch(self, i: Array | int) -> Batch:
         """Gathers the i-th batch."""
         rows = self.rows[i]
-        return {
-            "image": self.image[rows],
-            "label": self.label[rows],
-            "mask": jnp.ones(rows.shape, bool),
-        }
+        mask = jnp.ones(rows.shape, bool)
+        return {"image": self.image[rows], "label": self.label[rows], "mask": mask}
 
 
 class StreamedFeed(flax.struct.PyTreeNode):
-    """Batches that were read while the device computed.
+    """Batches that were read while the device computed."""
 
-    Attributes:
-        batches: K times image uint8[B, H, W, C], label int32[B], mask bool[B].
-    """
-
-    batches: tuple[Batch, ...]
+    batches: tuple[Batch, ...]  # K
 
     @property
     def num_steps(self) -> int:

@@ -22,16 +22,7 @@ def epoch_order(key: Array, epoch: Array | int, size: int) -> Array:
 def padded_batches(
     images: np.ndarray, labels: np.ndarray, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields all examples in order, in batches of one size, the last padded under a mask.
-
-    Args:
-        images: uint8[N, H, W, C].
-        labels: int32[N].
-        batch_size: B.
-
-    Yields:
-        image uint8[B, H, W, C], label int32[B], mask bool[B]; N masks are true in all.
-    """
+    """Yields all examples in order, in batches of one size, the last padded under a mask."""
     for start in range(0, len(labels), batch_size):
         image = images[start : start + batch_size]
         missing = batch_size - len(image)
@@ -45,13 +36,9 @@ def padded_batches(
 def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Splits examples in two, each class in the same proportion; the same split every time.
 
-    Args:
-        labels: int32[N].
-        fraction: Share of each class in the second part, rounded; at least one example of a class
-            stays in the first.
-
     Returns:
-        Sorted indices of the two parts.
+        Sorted indices of the two parts. The second has a `fraction` of each class, rounded; at
+        least one example of a class stays in the first.
     """
     # A fixed seed: runs with different seeds are compared on the same validation images.
     shuffled = np.random.default_rng(0).permutation(len(labels))
@@ -60,8 +47,7 @@ def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, n
         members = shuffled[labels[shuffled] == label]
         held_out.append(members[: min(round(fraction * len(members)), len(members) - 1)])
     second = np.sort(np.concatenate(held_out))
-    first = np.setdiff1d(np.arange(len(labels)), second)
-    return first, second
+    return np.setdiff1d(np.arange(len(labels)), second), second
 
 
 def evenly_spaced(size: int, most: int) -> np.ndarray:

@@ -8,12 +8,8 @@ Triple = tuple[float, ...]
 def channel_statistics(counts: np.ndarray) -> tuple[Triple, Triple]:
     """Returns mean and standard deviation of each channel, of values scaled to 0..1.
 
-    Args:
-        counts: int64[C, 256], how often each value occurs, which needs no float copy of the images.
-            The sums are of integers, and exact: the same on every host that takes part in a run.
-
-    Returns:
-        (means, stds), C floats each; a channel that never changes has std 1.
+    Computed from int64[C, 256], how often each value occurs: without a float copy of the images,
+    and exactly, so that all hosts of a run agree. A channel that never changes has std 1.
     """
     values = np.arange(256)
     means, stds = [], []
@@ -27,14 +23,10 @@ def channel_statistics(counts: np.ndarray) -> tuple[Triple, Triple]:
 
 
 def principal_components(images: np.ndarray) -> tuple[Triple, ...]:
-    """Finds the principal components of the pixels' colors.
+    """Returns the principal components of the pixels of uint8[N, H, W, 3].
 
-    Args:
-        images: uint8[N, H, W, 3].
-
-    Returns:
-        3 colors on the scale 0..255: the eigenvectors of the pixels' covariance, the largest first,
-        each as long as the standard deviation of the pixels along it.
+    They are 3 colors on the scale 0..255: the eigenvectors of the pixels' covariance, the largest
+    first, each as long as the standard deviation of the pixels along it.
     """
     sums, products, count = np.zeros(3), np.zeros((3, 3)), 0
     for start in range(0, len(images), 64):  # in float64, where sums of integers are exact

@@ -18,15 +18,10 @@ Logits = Float[Array, "views batch classes"]
 
 
 class TTA(NamedTuple):
-    """How images are viewed, and how the predictions are combined.
+    """How images are viewed, and how the predictions are combined."""
 
-    Attributes:
-        views: uint8[B, H, W, C] to uint8[V, B, h, w, C].
-        combine: Logits float32[V, B, classes] to logits float32[B, classes].
-    """
-
-    views: Callable[[Array], Array]
-    combine: Callable[[Array], Array]
+    views: Callable[[Array], Array]  # uint8[B, H, W, C] to uint8[V, B, h, w, C]
+    combine: Callable[[Array], Array]  # logits float32[V, B, classes] to float32[B, classes]
 
 
 def _with_flips(views: list[Array]) -> Array:
@@ -43,12 +38,7 @@ def _centers(views: list[Array], size: int) -> list[Array]:
 
 
 def flip(images: Images, size: int = 0) -> Views:
-    """Returns the image and its horizontal flip: 2 views.
-
-    Args:
-        images: Of a batch.
-        size: Side of the center that they are cropped to; 0 leaves them whole.
-    """
+    """Returns the image, or its center of `size` pixels, and its horizontal flip: 2 views."""
     return _with_flips(_centers([images], size))
 
 
@@ -62,16 +52,10 @@ def flip_translate(images: Images, size: int = 0) -> Views:
 def ten_crop(images: Images, padding: int, size: int = 0, pad_mode: str = "reflect") -> Views:
     """Returns the corners and the center of each image, and their horizontal flips: 10 views.
 
-    Args:
-        images: Of a batch.
-        padding: Pixels that the image is padded by first, unless there is a `size`.
-        size: Side of the crops; 0 is that of the image.
-        pad_mode: Of `augment.pad`.
+    The crops are of `size` pixels, or, if that is 0, as large as the image, which is padded first.
     """
-    if size:
-        height = width = size
-    else:
-        height, width = images.shape[1:3]
+    height, width = (size, size) if size else images.shape[1:3]
+    if not size:
         images = pad(images, padding, pad_mode)
     bottom, right = images.shape[1] - height, images.shape[2] - width
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
