@@ -139,7 +139,7 @@ def little_memory():
 
 def refused(path, match):
     with little_memory(), pytest.raises(InputError, match=match) as caught:
-        trees.find_layout(path, 0.2)
+        trees.label_files(path, 0.2)
     check_sentence(caught.value, path)
 
 
@@ -157,7 +157,7 @@ def test_no_member_leaves_its_folder(tmp_path, container, name):
                 archive.writestr(zipfile.ZipInfo(member), picture())
     before = everything_below(tmp_path)
     try:
-        layout = trees.find_layout(path, 0.2)
+        layout = trees.label_files(path, 0.2)
     except InputError as error:
         check_sentence(error, path)
     else:
@@ -246,7 +246,7 @@ def test_a_zip_bomb_is_refused(tmp_path, small_bounds, declared):
     if declared is not None:
         data = path.read_bytes()
         path.write_bytes(data.replace(struct.pack("<I", 24 * 2**20), struct.pack("<I", declared)))
-        trees.find_layout(path, 0.2)
+        trees.label_files(path, 0.2)
         entries = trees.walk(path)  # It keeps the archive open.
         entry = next(entry for entry in entries if not entry.is_folder)
         with (
@@ -368,6 +368,6 @@ BOMBS = {
 @pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
 def test_image_bombs_are_refused(data):
     with little_memory(), pytest.raises(InputError, match=r"tom\.png"):
-        decode.normalize_encoded(data, "tom.png")
+        decode.to_jpeg_or_png(data, "tom.png")
     with pytest.raises(Exception, match=r"."):
         decode.decode(data, 16)

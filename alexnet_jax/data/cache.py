@@ -26,16 +26,14 @@ _FORMAT = 2  # To be raised when images are decoded differently, or arrays chang
 
 
 def decoded(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Returns all images uint8[N, S, S, 3] and labels int32[N], as `Source.read_all` does.
-
-    Where they are more than `MIN_BYTES`, they are decoded once and cached.
-    """
+    """Returns what `Source.read_all` does; more than `MIN_BYTES` are decoded once and cached."""
     if len(source) * int(np.prod(source.image_shape)) <= MIN_BYTES:
         return source.read_all()
-    names = ("images", "labels")
-    arrays = load_or_compute(
-        source, "images", lambda: dict(zip(names, source.read_all(), strict=True))
-    )
+
+    def read() -> Arrays:
+        return dict(zip(("images", "labels"), source.read_all(), strict=True))
+
+    arrays = load_or_compute(source, "images", read)
     return arrays["images"], arrays["labels"]
 
 
@@ -47,13 +45,8 @@ def load_or_compute(
     Cached arrays are read-only and mapped into memory: to copy 150 MB into memory that is new to
     the process took a virtual machine 0.6 s, and to check them 0.07 s. They are computed again
     where they are damaged (by their checksums), or were computed from other data files, with
-    other options or by another version of Pillow. A folder that cannot be written is done without.
-
-    Args:
-        source: What the arrays are computed from.
-        name: The kind of result; with the split and the image size it names the folder.
-        compute: Returns arrays by name.
-        options: What else the result depends on; JSON.
+    other `options` or by another version of Pillow. A folder that cannot be written is done
+    without.
     """
     key = json.dumps(
         [_FORMAT, source.fingerprint, source.image_size, PIL.__version__, options], sort_keys=True

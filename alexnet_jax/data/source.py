@@ -25,8 +25,7 @@ from alexnet_jax.run import files
 
 log = logging.getLogger(__name__)
 
-# To be raised when TFDS is asked differently, or another version of digits is prepared.
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 2  # To be raised when TFDS is asked differently, or digits has another version.
 # What a checksum reads of a larger set, in blocks spread evenly; 0.1 s where the system has the
 # files in memory. Damage between them is left to the checksums in the files.
 _CHECKSUM_BYTES = 256 * 2**20
@@ -45,21 +44,12 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split of a prepared data set.
+    """One split of a prepared data set."""
 
-    Attributes:
-        name: The data set and the split.
-        class_names: By label.
-        folder: Where the set is prepared.
-        image_key: Name of the image in an example.
-        label_key: Name of the label in an example.
-        shards: The files of the split, in order.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
-    folder: str
-    image_key: str
+    name: str  # of the data set and the split
+    class_names: tuple[str, ...]  # by label
+    folder: str  # where the set is prepared
+    image_key: str  # names of the two features of an example
     label_key: str
     shards: tuple[Shard, ...]
 
@@ -69,18 +59,14 @@ class Source(SplitInfo):
     """An open split: `source[i]` is {"image": uint8[S, S, 3], "label": int}.
 
     It can be pickled: the other process opens the files itself.
-
-    Attributes:
-        image_size: S.
-        records: The serialized examples (ArrayRecord's data source).
     """
 
-    image_size: int
-    records: Any
+    image_size: int  # S
+    records: Any  # the serialized examples, an ArrayRecordDataSource
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Shape of every image: (S, S, 3)."""
+        """(S, S, 3)."""
         return (self.image_size, self.image_size, 3)
 
     @property
@@ -101,23 +87,17 @@ class Source(SplitInfo):
         images, labels = self.read([index])
         return {"image": images[0], "label": int(labels[0])}
 
-    def read_all(self, progress: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Reads every image as `read` does, with a progress bar on a terminal.
-
-        It runs in one thread: Pillow holds Python's lock while it decodes.
-        """
-        title, hidden = f"Reading {self.name}", not progress or None
-        # The delay keeps small sets from showing a bar.
-        with tqdm(desc=title, total=len(self), unit="img", disable=hidden, delay=1) as bar:
+    def read_all(self) -> tuple[np.ndarray, np.ndarray]:
+        """Reads every image as `read` does, with a progress bar on a terminal."""
+        # In one thread: Pillow holds Python's lock while it decodes. The delay hides short bars.
+        title = f"Reading {self.name}"
+        with tqdm(desc=title, total=len(self), unit="img", disable=None, delay=1) as bar:
             return self.read(range(len(self)), bar.update)
 
     def read(
         self, indices: Sequence[int] | np.ndarray, update: Callable[[], Any] = lambda: None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Reads some images into memory; calls `update` after each.
-
-        Returns:
-            Images uint8[n, S, S, 3] and labels int32[n], in the order of the indices.
+        """Returns images uint8[n, S, S, 3] and labels int32[n]; calls `update` after each.
 
         Raises:
             InputError: A record is damaged or has no label.
@@ -134,15 +114,12 @@ class Source(SplitInfo):
         return images, labels
 
     def read_labels(self) -> np.ndarray:
-        """Reads every label, int32[N], without decoding an image."""
+        """Returns every label, int32[N], without decoding an image."""
         labels = (label for _, _, label in self._examples(range(len(self))))
         return np.fromiter(labels, np.int32, len(self))
 
     def checksum(self) -> str:
-        """Identifies the content of the files, wherever they are, by size and CRC-32.
-
-        Of more than 256 MiB only as much is read, in blocks spread evenly over all files.
-        """
+        """Identifies the content of the files, wherever they are, by size and CRC-32."""
         paths = [Path(shard.filename) for shard in self.shards]
         sizes = [path.stat().st_size for path in paths]
         checksum = zlib.crc32(repr(sizes).encode())
@@ -184,16 +161,15 @@ class Source(SplitInfo):
         return _broken(f"Image {index} of {self.name} cannot be decoded ({error})", self.folder)
 
 
-def load_source(config: DataConfig, split: str, *, progress: bool = True) -> Source:
+def load_source(config: DataConfig, split: str) -> Source:
     """Opens one split of a data set; prepares the set first where that is needed.
 
     The name is looked up as "digits", then among the sets prepared in `data_dir`, then among those
     that TFDS can download. Sets prepared as TFRecord are converted, beside the original.
 
     Args:
-        config: The section `config.data`; `name`, `data_dir` and `image_size` are used here.
+        config: `name`, `data_dir` and `image_size` are used here.
         split: A TFDS split, such as "train" or "train[:90%]".
-        progress: Whether to show bars on a terminal while preparing.
 
     Raises:
         InputError: The name or the split is unknown, the data cannot be downloaded or read, or
@@ -202,11 +178,11 @@ def load_source(config: DataConfig, split: str, *, progress: bool = True) -> Sou
     if config.image_size < 1:
         raise InputError(f"config.data.image_size is {config.image_size}; it must be at least 1.")
     prepare.check_name(config.name)
-    info = _cached_split(config.name, config.data_dir, split, progress)
+    info = _cached_split(config.name, config.data_dir, split)
     return Source(**vars(info), image_size=config.image_size, records=_open(info.shards))
 
 
-def _cached_split(name: str, data_dir: str, split: str, progress: bool) -> SplitInfo:
+def _cached_split(name: str, data_dir: str, split: str) -> SplitInfo:
     """Returns what `find_split` does, from the user's cache where nothing has changed since."""
     root = prepare.data_root(data_dir)
     digest = hashlib.sha256(json.dumps([str(root), name, split]).encode()).hexdigest()
@@ -221,7 +197,7 @@ def _cached_split(name: str, data_dir: str, split: str, progress: bool) -> Split
             return info
     except (OSError, ValueError, TypeError, KeyError):  # Missing, damaged, or of other versions.
         pass
-    info = find_split(name, data_dir, split, progress)
+    info = find_split(name, data_dir, split)
     try:
         files.write_json(path, {"split": asdict(info), "state": _state(root, info.folder)})
     except (OSError, ValueError) as error:  # ValueError: the set is outside the root.
@@ -230,7 +206,7 @@ def _cached_split(name: str, data_dir: str, split: str, progress: bool) -> Split
 
 
 def _state(root: Path, set_folder: str) -> list[Any]:
-    """Returns what changes when TFDS would find another set by the name, or other files in it."""
+    """Changes when TFDS would find another set by the name, or other files in it."""
     folder = Path(set_folder)
     # Configs and versions are folders in these; what is computed has a folder in the set's.
     above = folder.parents[: len(folder.relative_to(root).parts) - 1]
@@ -242,9 +218,9 @@ def _state(root: Path, set_folder: str) -> list[Any]:
     return state
 
 
-def find_split(name: str, data_dir: str, split: str, progress: bool) -> SplitInfo:
+def find_split(name: str, data_dir: str, split: str) -> SplitInfo:
     """Asks TFDS for a split, whose data set is prepared first where it is not yet."""
-    builder = _builder(name, data_dir, progress)
+    builder = _builder(name, data_dir)
     image_key, label_key = _image_and_label(builder.info)
     return SplitInfo(
         name=f"{builder.info.name} {split}",
@@ -256,7 +232,7 @@ def find_split(name: str, data_dir: str, split: str, progress: bool) -> SplitInf
     )
 
 
-def _builder(name: str, data_dir: str, progress: bool) -> Any:
+def _builder(name: str, data_dir: str) -> Any:
     """Returns a TFDS builder of the named set that reads it from disk, as ArrayRecord."""
     if name == prepare.DIGITS:
         prepare.prepare_digits(data_dir)
@@ -264,11 +240,11 @@ def _builder(name: str, data_dir: str, progress: bool) -> Any:
     if builder is None and prepare.restore_replaced(name, data_dir):
         builder = _open_prepared(name, data_dir)
     if builder is None:
-        prepare.prepare_registered(name, data_dir, progress)
+        prepare.prepare_registered(name, data_dir)
         builder = _open_prepared(name, data_dir)
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
-        prepare.add_array_record(builder, progress)
+        prepare.add_array_record(builder)
         builder = _open_prepared(name, data_dir)
     # Otherwise it names the files that it was prepared in.
     builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
@@ -276,7 +252,6 @@ def _builder(name: str, data_dir: str, progress: bool) -> Any:
 
 
 def _open_prepared(name: str, data_dir: str) -> Any:
-    """Returns a TFDS builder of the named set, or None if none is prepared."""
     import tensorflow_datasets as tfds
 
     root = str(prepare.data_root(data_dir))
@@ -294,7 +269,7 @@ def _open_prepared(name: str, data_dir: str) -> Any:
 
 
 def _image_and_label(info: Any) -> list[str]:
-    """Finds the names of the image and the label in a set's examples."""
+    """Finds the names of these two among the features of a set."""
     import tensorflow_datasets as tfds
 
     features = sorted(info.features.items())  # They are stored in no fixed order.
@@ -343,7 +318,6 @@ def _shards(info: Any, split: str) -> tuple[Shard, ...]:
 
 
 def _open(shards: Sequence[Shard]) -> Any:
-    """Opens the serialized examples of a split."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
     from array_record.python.array_record_module import ArrayRecordReader
 

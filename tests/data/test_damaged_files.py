@@ -216,8 +216,8 @@ def digits_config(root):
 
 
 def read_test_set(root):
-    source = load_source(digits_config(root), "test", progress=False)
-    return source.class_names, *source.read_all(progress=False)
+    source = load_source(digits_config(root), "test")
+    return source.class_names, *source.read_all()
 
 
 @pytest.fixture(scope="module", params=["array_record", "tfrecord"])

@@ -128,7 +128,7 @@ def test_the_digits_are_the_same_everywhere(digits_dir, tmp_path):
 
 def test_indexing_agrees_with_read_all(digits_dir):
     source = load_source(config(digits_dir), "test")
-    pixels, labels = source.read_all(progress=False)
+    pixels, labels = source.read_all()
     for index in (0, 137, 359, np.int64(5)):
         example = source[index]
         assert np.array_equal(example["image"], pixels[index])
@@ -314,9 +314,9 @@ def asked(stripes_dir, monkeypatch, tmp_path):
     load_source(config(stripes_dir, "stripes"), "train")
     found, find_split = [], source.find_split
 
-    def noting(name, data_dir, split, progress):
+    def noting(name, data_dir, split):
         found.append(split)
-        return find_split(name, data_dir, split, progress)
+        return find_split(name, data_dir, split)
 
     monkeypatch.setattr(source, "find_split", noting)
     return found

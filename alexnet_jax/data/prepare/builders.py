@@ -35,12 +35,7 @@ Examples = Iterator[tuple[int | str, dict[str, Any]]]
 class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A data set of encoded images, whose splits `examples` returns when it is prepared.
 
-    Args:
-        name: What the data set is called.
-        data_dir: Root of the prepared data sets.
-        features: By name, "image" and "label" among them.
-        examples: Returns the examples of each split.
-        info: Further arguments of `tfds.core.DatasetInfo`.
+    `info` has further arguments of `tfds.core.DatasetInfo`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -112,21 +107,17 @@ def digits(data_dir: Path) -> ImageBuilder:
     )
 
 
-def class_folders(
-    name: str, files: trees.LabeledFiles, data_dir: Path, progress: bool
-) -> ImageBuilder:
+def class_folders(name: str, files: trees.LabeledFiles, data_dir: Path) -> ImageBuilder:
     """Returns the images of a folder or an archive, which is read without unpacking it."""
 
     def generate(split: str, labels: Mapping[str, str]) -> Examples:
         chosen = (entry for entry in trees.walk(files.path) if entry.read and entry.name in labels)
-        for entry in bar(chosen, len(labels), split, progress):
+        for entry in bar(chosen, len(labels), split):
+            name = entry.name
             with trees.readable(files.path):
                 data = entry.read()
-            image = io.BytesIO(decode.to_jpeg_or_png(data, entry.name))
-            yield (
-                entry.name,
-                {"filename": entry.name, "image": image, "label": labels[entry.name]},
-            )
+            image = io.BytesIO(decode.to_jpeg_or_png(data, name))
+            yield name, {"filename": name, "image": image, "label": labels[name]}
 
     return ImageBuilder(
         name,
@@ -149,8 +140,8 @@ class Cifar10Archive(Cifar10, skip_registration=True):  # type: ignore[call-arg]
 
     name = "cifar10"
 
-    def __init__(self, archive: Path, data_dir: Path, progress: bool) -> None:
-        self._archive, self._progress = archive, progress
+    def __init__(self, archive: Path, data_dir: Path) -> None:
+        self._archive = archive
         remedy = f"download it again from {CIFAR10_URL}"
         check_sha256(archive, CIFAR10_SHA256[archive.name], remedy)
         super().__init__(data_dir=str(data_dir), file_format="array_record")
@@ -162,14 +153,14 @@ class Cifar10Archive(Cifar10, skip_registration=True):  # type: ignore[call-arg]
     def _generate_examples(self, split: str, labels: np.ndarray, pixels: np.ndarray) -> Examples:
         # The keys are TFDS's: it orders the records by a hash of the key and the split's name.
         pairs = zip(labels.tolist(), pixels, strict=True)
-        for index, (label, image) in enumerate(bar(pairs, len(labels), split, self._progress)):
+        for index, (label, image) in enumerate(bar(pairs, len(labels), split)):
             png = io.BytesIO(decode.encode_png(image))
             yield index, {"id": f"{split}_{index:05d}", "image": png, "label": label}
 
 
-def bar(items: Iterable[Any], total: int, split: str, progress: bool) -> Iterable[Any]:
+def bar(items: Iterable[Any], total: int, split: str) -> Iterable[Any]:
     """Wraps `items` in a progress bar with the time left, which shows on a terminal only."""
-    return tqdm(items, f"Preparing {split}", total, disable=not progress or None, unit="img")
+    return tqdm(items, f"Preparing {split}", total, disable=None, unit="img")
 
 
 # --- CIFAR-10's archives ------------------------------------------------------------------------

@@ -5,7 +5,6 @@ preparation that is interrupted leaves nothing behind that could be read later.
 """
 
 import contextlib
-import dataclasses
 import difflib
 import fcntl
 import io
@@ -16,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 from tqdm import tqdm
@@ -36,16 +35,15 @@ _TFDS_NAME = re.compile(r"\w+(/[\w.\-]+)?(:[\d*][\d.*]*)?")
 _TENSORFLOW = {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A prepared data set."""
 
     name: str
     folder: Path
-    splits: Mapping[str, int]  # Number of images in each.
-    class_names: tuple[str, ...]  # By label.
-    ignored: int  # Files of the input that are no images, links, or outside the class folders.
-    is_new: bool  # Whether it was prepared now.
+    splits: Mapping[str, int]  # number of images in each
+    class_names: tuple[str, ...]  # by label
+    ignored: int  # files of the input that are no images, links, or outside the class folders
+    is_new: bool  # whether it was prepared now
 
 
 def data_root(data_dir: str) -> Path:
@@ -54,7 +52,7 @@ def data_root(data_dir: str) -> Path:
 
 
 def check_name(name: str) -> None:
-    """Raises InputError unless `name` has the form of a TFDS name: name/config:version."""
+    """Raises an InputError unless `name` has the form name/config:version."""
     if not _TFDS_NAME.fullmatch(name):
         raise InputError(
             f"config.data.name is {name!r}; it must be a data set's name, such as 'cifar10', "
@@ -74,7 +72,6 @@ def prepare_path(
     data_dir: str = "",
     test_fraction: float = 0.2,
     overwrite: bool = False,
-    progress: bool = True,
 ) -> Prepared:
     """Prepares a data set from an archive or a folder, unless it is prepared already.
 
@@ -88,7 +85,6 @@ def prepare_path(
         test_fraction: Share of each class that goes to test where the tree has no splits.
         overwrite: Whether to replace a prepared set. The old one comes back if that fails; runs
             that ask for it meanwhile wait.
-        progress: Whether to show bars on a terminal.
 
     Raises:
         InputError: The path, the name, the fraction or anything in the data cannot be used.
@@ -102,26 +98,27 @@ def prepare_path(
         raise InputError(f"There is no file or folder {path}; check the path.")
     if not 0 < test_fraction < 1:
         raise InputError(f"The test fraction is {test_fraction}; it must be between 0 and 1.")
-    is_cifar10 = path.name in builders.CIFAR10_SHA256
-    if not is_cifar10:
+    builder: Any = builders.ImageBuilder
+    if path.name in builders.CIFAR10_SHA256:
+        if name not in ("", "cifar10"):
+            raise InputError(
+                f"{path.name} becomes the data set cifar10, not {name!r}; leave the name out."
+            )
+        name, builder = "cifar10", builders.Cifar10Archive
+    else:
         name = name or default_name(path)
         _check_own_name(name)
-    elif name not in ("", "cifar10"):
-        raise InputError(
-            f"{path.name} becomes the data set cifar10, not {name!r}; leave the name out."
-        )
     root = data_root(data_dir)
-    version = (builders.Cifar10Archive if is_cifar10 else builders.ImageBuilder).VERSION
-    folder = root / ("cifar10" if is_cifar10 else name) / str(version)
+    folder = root / name / str(builder.VERSION)
     ignored = 0
 
     def create_builder() -> Any:
         nonlocal ignored
-        if is_cifar10:
-            return builders.Cifar10Archive(path, root, progress)
-        labeled = trees.label_files(path, test_fraction, progress=progress)
+        if name == "cifar10":
+            return builders.Cifar10Archive(path, root)
+        labeled = trees.label_files(path, test_fraction)
         ignored = labeled.ignored
-        return builders.class_folders(name, labeled, root, progress)
+        return builders.class_folders(name, labeled, root)
 
     is_new = _prepare(folder, root, create_builder, overwrite)
     with quiet_tfds():
@@ -132,7 +129,7 @@ def prepare_path(
 
 
 def prepare_digits(data_dir: str) -> None:
-    """Prepares scikit-learn's digits unless they are there already."""
+    """Prepares scikit-learn's digits, unless they are prepared already."""
     from alexnet_jax.data.prepare import builders
 
     root = data_root(data_dir)
@@ -140,7 +137,7 @@ def prepare_digits(data_dir: str) -> None:
     _prepare(folder, root, lambda: builders.digits(root), overwrite=False)
 
 
-def prepare_registered(name: str, data_dir: str, progress: bool = True) -> None:
+def prepare_registered(name: str, data_dir: str) -> None:
     """Lets TFDS download and prepare one of its own data sets.
 
     Raises:
@@ -162,8 +159,8 @@ def prepare_registered(name: str, data_dir: str, progress: bool = True) -> None:
         check_downloads(builder, root / "downloads")
         return builder
 
-    bars = progress and sys.stderr.isatty()
-    _prepare(Path(builder.data_dir), root, create_builder, overwrite=False, bars=bars)
+    folder = Path(builder.data_dir)
+    _prepare(folder, root, create_builder, overwrite=False, bars=sys.stderr.isatty())
 
 
 def restore_replaced(name: str, data_dir: str) -> bool:
@@ -175,15 +172,11 @@ def restore_replaced(name: str, data_dir: str) -> bool:
     return bool(replaced)
 
 
-def add_array_record(builder: Any, progress: bool = True) -> None:
+def add_array_record(builder: Any) -> None:
     """Writes a prepared TFRecord data set a second time, beside it, as ArrayRecord.
 
-    TFRecord is TFDS's default and can only be read from front to back. TFDS's own converter needs
-    TensorFlow and Apache Beam; both formats hold the same records, so copying them is enough.
-
-    Args:
-        builder: A TFDS builder of the set, which does not see the new files: open it again.
-        progress: Whether to show a bar on a terminal.
+    TFDS's own converter needs TensorFlow and Apache Beam. The builder does not see the new files:
+    open the set again.
 
     Raises:
         InputError: A file cannot be read or written, or the set is in another format.
@@ -208,8 +201,7 @@ def add_array_record(builder: Any, progress: bool = True) -> None:
             for source, count in zip(split.filepaths, split.shard_lengths, strict=True)
         ]
         total = sum(count for _, count in shards)
-        hidden = not progress or None  # None: where it is no terminal.
-        with tqdm(desc=f"Converting {builder.name}", total=total, disable=hidden) as bar:
+        with tqdm(desc=f"Converting {builder.name}", total=total, disable=None) as bar:
             for source, count in shards:
                 target = convert_path_to_file_format(source, FileFormat.ARRAY_RECORD)
                 try:
@@ -241,8 +233,9 @@ def run_builder(builder: Any, root: Path, bars: bool = False) -> None:
             f"`pip install {error.name}`."
         ) from error
     except Exception as error:  # Every one of TFDS's data sets fails in its own way.
-        problem = f"TFDS could not prepare {builder.name} in {root}"
-        raise InputError(f"{problem}: {_first_line(error)}.") from error
+        raise InputError(
+            f"TFDS could not prepare {builder.name} in {root}: {_first_line(error)}."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -288,8 +281,7 @@ def _prepare(
 def _only_writer(folder: Path) -> Iterator[None]:
     """Lets one process at a time write a data set, and removes what a killed one left.
 
-    The processes of one training run all want the data at the same moment: one prepares it and
-    the others wait. Whoever holds the lock knows that no one works on what is unfinished.
+    Of the processes of a run, which all want it at the same moment, one prepares it.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ ARCHIVE_SUFFIXES = frozenset({".tar", ".zip", *_OPENERS})
 class Entry(NamedTuple):
     """A folder or a file of a tree."""
 
-    name: str  # Its path below the root, with forward slashes.
+    name: str  # its path below the root, with forward slashes
     # Returns the file's bytes, until the next entry is asked for. None for folders, devices, pipes,
     # and links, which may lead anywhere.
     read: Callable[[], bytes] | None = None
@@ -66,35 +66,28 @@ class Entry(NamedTuple):
     is_folder: bool = False
 
 
-@dataclass(frozen=True)
-class LabeledFiles:
+class LabeledFiles(NamedTuple):
     """The images of a tree with their splits and classes."""
 
-    path: Path  # The folder or archive.
+    path: Path  # the folder or archive
     class_names: tuple[str, ...]
-    splits: Mapping[str, Mapping[str, str]]  # For each, the class by the image's path in the tree.
-    ignored: int  # Files that are no images, no regular files, or outside the class folders.
+    splits: Mapping[str, Mapping[str, str]]  # for each, the class by the image's path in the tree
+    ignored: int  # files that are no images, no regular files, or outside the class folders
 
 
-def label_files(path: Path, test_fraction: float, *, progress: bool = False) -> LabeledFiles:
+def label_files(path: Path, test_fraction: float) -> LabeledFiles:
     """Lists a tree and decides which image belongs to which split and class.
 
     The tree is `train/<class>/...` with `test/<class>/...` (`val`, `validation` and `valid` stand
     in for a missing `test`), or just `<class>/...`, which is then split class by class. Either may
     be below common top folders.
 
-    Args:
-        path: As `walk` takes it.
-        test_fraction: Share of each class that a tree without splits gives to test.
-        progress: Whether to show a bar on a terminal.
-
     Raises:
         InputError: The archive cannot be read, there are fewer than two classes, or a class is
             empty, is in test alone, or has a name that cannot be stored.
     """
     top, total, links = _Folder(PurePosixPath()), 0, 0
-    bar = tqdm(walk(path), f"Listing {path.name}", unit="file", disable=not progress or None)
-    for entry in bar:
+    for entry in tqdm(walk(path), f"Listing {path.name}", unit="file", disable=None):
         place = PurePosixPath(entry.name)
         folder = top.descend(place.parts if entry.is_folder else place.parts[:-1])
         total += not entry.is_folder
@@ -210,25 +203,25 @@ def _walk_zip(path: Path) -> Iterator[Entry]:
     with zipfile.ZipFile(path) as archive:
         # Before anything is read: members may overlap, each unpacking the same bytes again.
         _check_unpacked(path, sum(member.file_size for member in archive.infolist()))
+
+        def read(member: zipfile.ZipInfo) -> bytes:
+            with archive.open(member) as file:
+                # Without a size, all is unpacked before it is found to be more than was declared.
+                return file.read(member.file_size)
+
         for member in archive.infolist():
             if member.flag_bits & 1:
                 raise InputError(f"{path} is encrypted; unpack it and give the folder.")
+            # zipfile unpacks other methods as a whole, whatever size is declared.
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                # zipfile unpacks the others as a whole, whatever size is declared.
                 raise InputError(
                     f"{path} is packed by another method than deflate; pack it again, or unpack it "
                     "and give the folder."
                 )
             is_folder = member.is_dir()
             is_file = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG) and not is_folder
-            read = functools.partial(_read_member, archive, member) if is_file else None
-            yield Entry(member.filename, read, member.file_size, is_folder)
-
-
-def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
-    with archive.open(member) as file:
-        # Without a size, all is unpacked before it is found to be more than was declared.
-        return file.read(member.file_size)
+            read_it = functools.partial(read, member) if is_file else None
+            yield Entry(member.filename, read_it, member.file_size, is_folder)
 
 
 class _Bounded:
@@ -300,9 +293,7 @@ class _Folder:
     def descend(self, parts: Iterable[str]) -> "_Folder":
         folder = self
         for part in parts:
-            if part not in folder.folders:
-                folder.folders[part] = _Folder(folder.path / part)
-            folder = folder.folders[part]
+            folder = folder.folders.setdefault(part, _Folder(folder.path / part))
         return folder
 
     def all_images(self) -> list[str]:
