@@ -8,18 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from alexnet_jax.errors import InputError
 
-# No photograph of a training set is larger; a decompression bomb is.
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 100_000_000  # No photograph of a training set is larger; a decompression bomb is.
 MAX_FILE_BYTES = 512 * 2**20
 # Pillow would try every format it knows, whatever the file is called, and hands EPS to
 # Ghostscript, which runs the program that an EPS file is.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-
-_ORIENTATION = 0x0112  # The EXIF tag; 1 means "as stored".
 
 
 def decode(data: bytes, size: int) -> np.ndarray:
@@ -35,9 +32,7 @@ def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
         uint8[size, size, 3], RGB, upright according to its EXIF orientation.
     """
     rgb = to_rgb(_upright(image))
-    if rgb.size != (size, size):
-        rgb = ImageOps.fit(rgb, (size, size))
-    return np.asarray(rgb)
+    return np.asarray(rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size)))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -83,9 +78,6 @@ def image_from_array(pixels: np.ndarray) -> Image.Image:
 def read_image(path: Path, size: int) -> np.ndarray:
     """Reads an image file in any of `FORMATS` exactly as training reads it from a prepared set.
 
-    Returns:
-        uint8[size, size, 3], as `resize_and_crop`.
-
     Raises:
         InputError: The file cannot be read or decoded, or is too large.
     """
@@ -103,7 +95,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
 
 
 def check_file_size(name: str, size: int) -> None:
-    """Raises InputError if an image file has more than `MAX_FILE_BYTES`."""
+    """Raises an InputError if an image file has more than `MAX_FILE_BYTES`."""
     if size > MAX_FILE_BYTES:
         raise InputError(
             f"The image {name} has {size} bytes, more than the {MAX_FILE_BYTES} allowed; "
@@ -112,11 +104,14 @@ def check_file_size(name: str, size: int) -> None:
 
 
 def count_values(images: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
-    """Counts how often each value occurs in each channel: int64[3, 256].
+    """Counts how often each value occurs in each channel of images, or of chosen ones.
 
     Args:
         images: uint8[N, H, W, 3].
-        chosen: int[M], which of them count; None: all.
+        chosen: int[M], indices; None for all.
+
+    Returns:
+        int64[3, 256].
     """
     chosen = np.arange(len(images)) if chosen is None else chosen
     counts = np.zeros(3 * 256, np.int64)
@@ -138,16 +133,12 @@ def encode_png(image: Image.Image | np.ndarray) -> bytes:
 def to_jpeg_or_png(data: bytes, name: str) -> bytes:
     """Checks an image file by decoding it, and re-encodes it where other readers might fail.
 
-    Args:
-        data: The file's bytes.
-        name: What to call the image in an error.
-
     Returns:
         `data` itself if it is an upright RGB or gray JPEG or PNG; otherwise an upright RGB PNG,
         composited on white where it was transparent.
 
     Raises:
-        InputError: The image is too large or cannot be decoded.
+        InputError: The image is too large or cannot be decoded; it is called by its `name`.
     """
     with _checked(data, name), _open(data) as image:
         image.load()
@@ -163,8 +154,7 @@ def _checked(data: bytes, name: str) -> Iterator[None]:
     """Verifies checksums; turns what Pillow raises, then or later, into InputErrors with a name."""
     try:
         with warnings.catch_warnings():
-            # `_open` has its own limit.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_open` has a limit.
             with _open(data) as image:
                 if image.format == "PNG":
                     image.verify()  # Decoding skips the checksums of the pixels.
@@ -204,7 +194,7 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
 def _upright(image: Image.Image) -> Image.Image:
     """Applies the EXIF orientation; returns `image` itself where it is upright."""
     try:
-        upright = image.getexif().get(_ORIENTATION, 1) == 1
+        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     except Exception:  # Damaged EXIF, on which Pillow raises as many kinds, says nothing.
         upright = True
     return image if upright else ImageOps.exif_transpose(image)

@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -26,22 +26,13 @@ ACCELERATOR_STEPS_PER_DISPATCH = 32
 
 @dataclasses.dataclass(frozen=True)
 class InMemoryDataset:
-    """Training images, on every device.
+    """Training images, on every device."""
 
-    Attributes:
-        placing: Gives image uint8[N, S, S, 3] and label int32[N] once they are on the devices.
-        size: N.
-        batch_size: B, images in each batch, over all processes.
-        epochs: Length of the run.
-        steps_per_dispatch: Most steps in a feed.
-        mesh: The devices.
-    """
-
-    placing: Future[dict[str, Array]]
-    size: int
-    batch_size: int
-    epochs: int
-    steps_per_dispatch: int
+    placing: Future[dict[str, Array]]  # image uint8[N, S, S, 3] and label int32[N], once copied
+    size: int  # N
+    batch_size: int  # B, over all processes
+    epochs: int  # length of the run
+    steps_per_dispatch: int  # most steps in a feed
     mesh: Mesh
 
     @classmethod
@@ -78,23 +69,20 @@ class InMemoryDataset:
         images = self.placing.result()["image"].addressable_data(0)
         return np.asarray(jax.numpy.take(images, rows, axis=0, mode="clip"))
 
-    def feeds(
-        self, key: Array, step: int
-    ) -> AbstractContextManager[Iterator[tuple[int, InMemoryFeed]]]:
+    @contextmanager
+    def feeds(self, key: Array, step: int) -> Iterator[Iterator[tuple[int, InMemoryFeed]]]:
         """Opens the feeds from a step on, each with the number of steps taken at its end.
 
-        Args:
-            key: Of `epoch_order`, or keys[R] of replicas, whose rows are int32[R, K, B].
-            step: Steps taken so far.
+        With keys[R] of replicas their rows are int32[R, K, B].
         """
-        return nullcontext(self._feeds(key, step))
+        yield self._feeds(key, step)
 
     def _feeds(self, key: Array, step: int) -> Iterator[tuple[int, InMemoryFeed]]:
         steps_per_epoch = self.size // self.batch_size
         jit = functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
         one = functools.partial(epoch_order, size=self.size)
         order_of = jit(jax.vmap(one, in_axes=(0, None)) if key.ndim else one)
-        take = jit(_rows, static_argnums=(2, 3))
+        take = jit(_take, static_argnums=(2, 3))
         last_step, epoch = self.epochs * steps_per_epoch, -1
         for first, count in dispatches(step, last_step, steps_per_epoch, self.steps_per_dispatch):
             if epoch != first // steps_per_epoch:  # to sort 45,000 keys takes a CPU 30 ms
@@ -105,8 +93,8 @@ class InMemoryDataset:
             yield first + count, InMemoryFeed(rows=rows, **self.placing.result())
 
 
-def _rows(order: Array, start: Array, count: int, batch_size: int) -> Array:
-    """Cuts order int32[..., N] to int32[..., count, batch_size]."""
+def _take(order: Array, start: Array, count: int, batch_size: int) -> Array:
+    """Cuts order int32[..., N] to rows int32[..., count, batch_size]."""
     rows = jax.lax.dynamic_slice_in_dim(order, start, count * batch_size, axis=-1)
     return rows.reshape(*order.shape[:-1], count, batch_size)
 
@@ -115,29 +103,19 @@ def place_batches(
     images: np.ndarray, labels: np.ndarray, batch_size: int, mesh: Mesh
 ) -> list[Batch]:
     """Places all images on the devices, in masked batches that these share equally."""
-    batch_size = eval_batch_size(batch_size, len(labels), mesh)
-    return [
-        sharding.place(batch, sharding.split(mesh))
-        for batch in padded_batches(images, labels, batch_size)
-    ]
+    batches = padded_batches(images, labels, eval_batch_size(batch_size, len(labels), mesh))
+    return [sharding.place(batch, sharding.split(mesh)) for batch in batches]
 
 
 def memory_limit(mesh: Mesh) -> int:
     """Returns how many bytes of images may be on each device, by the memory there is."""
-    host = min(_host_memory()) // MEMORY_SHARE
-    device = mesh.local_devices[0]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of containers: cgroups 2 and 1
+        with suppress(OSError, ValueError):  # not there, or "max"
+            memory = min(memory, int(Path("/sys/fs/cgroup", limit).read_text()))
     if sharding.on_cpu(mesh):
-        return host // len(mesh.local_devices)  # each of which has a copy, in the same memory
-    memory = (device.memory_stats() or {}).get("bytes_limit")
-    return min(host, memory // MEMORY_SHARE) if memory else host
-
-
-def _host_memory() -> list[int]:
-    """Returns the machine's memory in bytes, and what a container is allowed of it."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups 2 and 1
-        try:
-            found.append(int(Path("/sys/fs/cgroup", limit).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return found
+        memory //= len(mesh.local_devices)  # each of which has a copy, in the same memory
+    else:
+        stats = mesh.local_devices[0].memory_stats() or {}
+        memory = min(memory, stats.get("bytes_limit") or memory)
+    return memory // MEMORY_SHARE

@@ -19,7 +19,6 @@ from alexnet_jax.data.sampling import Batch, eval_batch_size, evenly_spaced, str
 from alexnet_jax.data.source import Source, load_source
 from alexnet_jax.data.statistics import channel_statistics, principal_components
 from alexnet_jax.data.streaming import (
-    BatchReader,
     Reader,
     StreamedBatches,
     StreamedDataset,
@@ -36,30 +35,21 @@ log = logging.getLogger(__name__)
 STATISTICS_PIXELS = 2**28
 # The principal components need them all at once: 1,024 photographs of 256 x 256.
 COMPONENTS_PIXELS = 2**26
+_SPLIT_NAMES = {"train": "training", "validation": "validation", "test": "test"}
 
 
 class RunData(NamedTuple):
-    """The images of a run.
-
-    Attributes:
-        train: What the training steps draw their batches from.
-        train_size: N.
-        steps_per_epoch: Whole batches in N images.
-        validation: Batches that are split over the devices; none if no images are held out.
-        test: Returns the batches of the test set, which is read only then; None if the run does
-            not evaluate on it.
-        info: What ``dataset.json`` holds: class names, shape, mean and std, principal components
-            where they are asked for, checksums of the files.
-        in_memory: By split, whether its images are on the devices, or streamed.
-    """
+    """The images of a run; batches to evaluate on are split over the devices."""
 
     train: InMemoryDataset | StreamedDataset
-    train_size: int
-    steps_per_epoch: int
-    validation: Iterable[Batch]
-    test: Callable[[], Iterable[Batch]] | None
+    train_size: int  # N
+    steps_per_epoch: int  # whole batches in N images
+    validation: Iterable[Batch]  # none if no images are held out
+    test: Callable[[], Iterable[Batch]] | None  # reads them; None if the run does not test
+    # What dataset.json holds: class names, shape, mean and std, principal components where they
+    # are asked for, checksums of the files.
     info: dict[str, Any]
-    in_memory: dict[str, bool]
+    in_memory: dict[str, bool]  # by split, whether its images are on the devices
 
     def examples(self, count: int) -> np.ndarray:
         """Returns at most `count` training images uint8[n, S, S, 3], evenly spaced in the set."""
@@ -114,12 +104,11 @@ def _load(config: Config, mesh: Mesh) -> RunData:
         count = functools.partial(_count_streamed, source, reader)
         validation = _eval_batches(config, reader, source, second)
     sizes = {"train": len(first), "validation": len(second)} | ({"test": len(test)} if test else {})
+    counts = ", ".join(f"{size:,} {_SPLIT_NAMES[split]} images" for split, size in sizes.items())
     log.info(
-        "%s %s: %s (%.1f s).",
-        "Read" if in_memory else "Streaming",
-        options.name,
-        _describe(sizes, len(source.class_names)),
-        time.monotonic() - started,
+        f"{'Read' if in_memory else 'Streaming'} {options.name}: {counts}"
+        f"{'' if test else ', the test set is not evaluated'}, {len(source.class_names)} classes "
+        f"({time.monotonic() - started:.1f} s)."
     )
     checksums = {"train": source.checksum()} | ({"test": test.checksum()} if test else {})
     return RunData(
@@ -143,13 +132,6 @@ def _load(config: Config, mesh: Mesh) -> RunData:
     )
 
 
-def _describe(sizes: dict[str, int], classes: int) -> str:
-    names = {"train": "training", "validation": "validation", "test": "test"}
-    parts = [f"{size:,} {names[split]} images" for split, size in sizes.items()]
-    parts += [] if "test" in sizes else ["the test set is not evaluated"]
-    return ", ".join([*parts, f"{classes} classes"])
-
-
 def _statistics(
     config: Config,
     source: Source,
@@ -157,25 +139,17 @@ def _statistics(
     count: Callable[[np.ndarray], np.ndarray],
     read: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, Any]:
-    """Returns what is measured on the training images.
+    """Returns what is measured on the training images, `train` of the source.
 
-    Args:
-        config: Of the run.
-        source: Has the images.
-        train: Indices of the training images in it.
-        count: Of `count_values`, given indices in the source.
-        read: Returns training images, given their numbers among these.
+    `count` is `count_values` of indices in the source; `read` reads by position in `train`.
     """
     options = config.data
     pixels = options.image_size**2
     sample = train[evenly_spaced(len(train), STATISTICS_PIXELS // pixels)]
     if len(source) * 3 * pixels > cache.MIN_BYTES:
+        depends = {"validation": options.validation_fraction, "size": len(sample)}
         counts = cache.load_or_compute(
-            source,
-            "colours",
-            lambda: {"counts": count(sample)},
-            validation=options.validation_fraction,
-            size=len(sample),
+            source, "colours", lambda: {"counts": count(sample)}, **depends
         )["counts"]
     else:
         counts = count(sample)
@@ -223,30 +197,19 @@ def _less_than_an_image(fraction: float, name: str) -> str:
 
 
 class Split(NamedTuple):
-    """The images of one split, to evaluate on.
+    """The images of one split, to evaluate on."""
 
-    Attributes:
-        batches: Split over the devices; each iteration gives every image once.
-        size: How many images.
-        class_names: By label.
-        part: "train" or "test", by the files of which of the run's splits it is; "" for others.
-        checksum: Returns that of these files.
-    """
-
-    batches: Iterable[Batch]
+    batches: Iterable[Batch]  # split over the devices; each iteration gives every image once
     size: int
-    class_names: tuple[str, ...]
-    part: str
-    checksum: Callable[[], str]
+    class_names: tuple[str, ...]  # by label
+    part: str  # "train" or "test", by whose files among the run's it reads; "" for others
+    checksum: Callable[[], str]  # of these files
 
 
 def load_split(config: Config, mesh: Mesh, split: str) -> Split:
     """Opens the images of one split in the batches that a run evaluates on.
 
-    Args:
-        config: Of the run.
-        mesh: The devices.
-        split: "train", "validation" or "test", as a run has them; anything else is a TFDS split.
+    `split` is "train", "validation" or "test", as the run has them, or any TFDS split.
 
     Raises:
         InputError: The data is not available, or the run holds out no validation images.
@@ -286,7 +249,7 @@ def load_split(config: Config, mesh: Mesh, split: str) -> Split:
 def _eval_batches(
     config: Config, reader: Reader, source: Source, indices: np.ndarray | None = None
 ) -> Iterable[Batch]:
-    """Returns the batches of a source, or some of its images, to evaluate on."""
+    """Returns the batches of a source, or of some of its images, to evaluate on."""
     chosen = np.arange(len(source)) if indices is None else indices
     batch_size, mesh = config.eval.batch_size, reader.mesh
     if not _fits(config.data, len(chosen), mesh):
@@ -310,22 +273,17 @@ def _fits(options: DataConfig, size: int, mesh: Mesh) -> bool:
 def _labels(source: Source, validation_fraction: float) -> np.ndarray:
     if not validation_fraction:  # no one asks for them
         return np.zeros(len(source), np.int32)
-    return cache.load_or_compute(source, "labels", lambda: {"labels": source.read_labels()})[
-        "labels"
-    ]
+    arrays = cache.load_or_compute(source, "labels", lambda: {"labels": source.read_labels()})
+    return arrays["labels"]
 
 
 def _count_streamed(source: Source, reader: Reader, indices: np.ndarray) -> np.ndarray:
     """Counts the values of some images, as `count_values` does."""
-    counts = np.zeros((3, 256), np.int64)
-    batches = BatchReader(source, in_rows(indices, 64))
-    with (
-        tqdm(desc="Measuring channel statistics", total=len(batches), disable=None, delay=1) as bar,
-        prefetched(
-            batches, lambda batch: batch, workers=reader.workers, ahead=reader.prefetch
-        ) as stream,
-    ):
-        for batch in stream:
-            counts += count_values(np.asarray(batch["image"])[np.asarray(batch["mask"])])
-            bar.update()
-    return counts
+
+    def count(batch: dict[str, np.ndarray]) -> np.ndarray:
+        return count_values(np.asarray(batch["image"])[np.asarray(batch["mask"])])
+
+    rows, title = in_rows(indices, 64), "Measuring channel statistics"
+    opened = prefetched(source, rows, count, workers=reader.workers, ahead=reader.prefetch)
+    with opened as stream:
+        return sum(tqdm(stream, title, len(rows), disable=None, delay=1), np.zeros((3, 256), int))

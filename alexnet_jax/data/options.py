@@ -6,6 +6,8 @@ from typing import Literal
 from alexnet_jax.errors import InputError
 from alexnet_jax.options import Section, option
 
+_SPLIT = (bool, "the name of a split")
+
 
 @dataclass(frozen=True)
 class DataConfig(Section):
@@ -21,22 +23,16 @@ class DataConfig(Section):
     data_dir: str = option(
         "", 'Folder of the TFDS data sets; "" is ~/tensorflow_datasets.', resumable=True
     )
-    train_split: str = option(
-        "train", "TFDS split to train on.", check=(bool, "the name of a split")
-    )
-    test_split: str = option("test", "TFDS split to test on.", check=(bool, "the name of a split"))
+    train_split: str = option("train", "TFDS split to train on.", check=_SPLIT)
+    test_split: str = option("test", "TFDS split to test on.", check=_SPLIT)
     validation_fraction: float = option(
         0.1,
-        "Fraction of the training images of each class that is held out for validation; 0 trains "
-        "on all images.",
+        "Fraction of the training images of each class held out for validation; 0 trains on all.",
         at_least=0,
         below=1,
     )
     image_size: int = option(
-        32,
-        "Side of the images in pixels; images of another size are resized.",
-        at_least=8,
-        at_most=1024,
+        32, "Side of the images in pixels; others are resized.", at_least=8, at_most=1024
     )
     crop_size: int = option(
         0,
@@ -56,16 +52,10 @@ class DataConfig(Section):
         resumable=True,
     )
     workers: int = option(
-        2,
-        "Worker processes that decode streamed images; 0 decodes in threads.",
-        at_least=0,
-        resumable=True,
+        2, "Processes that decode streamed images; 0 uses threads.", at_least=0, resumable=True
     )
     prefetch: int = option(
-        2,
-        "Batches that each worker, or the threads, prepare in advance.",
-        at_least=1,
-        resumable=True,
+        2, "Batches that each worker, or the threads, read ahead.", at_least=1, resumable=True
     )
 
     def check(self) -> None:
@@ -92,13 +82,11 @@ class AugmentConfig(Section):
     flip: bool = option(True, "Flip images horizontally with probability 1/2.")
     alternating_flip: bool = option(
         False,
-        "Flip each image in every other epoch instead, a random half of them in the first "
-        "(Jordan, 2024).",
+        "Flip each image in every other epoch instead, a random half in the first (Jordan, 2024).",
     )
     cutout: int = option(
         0,
-        "Side in pixels of a randomly placed square that is masked out (DeVries and Taylor, 2017); "
-        "0 is off.",
+        "Side in pixels of a random square that is masked (DeVries and Taylor, 2017); 0 is off.",
         at_least=0,
     )
     pca_jitter: float = option(

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
 from multiprocessing import resource_tracker
 from typing import TypeVar
@@ -34,56 +34,45 @@ T = TypeVar("T")
 # beforehand (4 bytes each), and take seconds to start.
 STRETCH = 2**21
 PADDING = -1  # Stands in a row of indices for no image.
-# Batches that wait on the device: one to be taken while the next is copied.
-_PLACED_AHEAD = 2
+_PLACED_AHEAD = 2  # Batches on the device: one to be taken while the next is copied.
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """How images are read ahead.
+    """How images are read ahead."""
 
-    Attributes:
-        workers: Processes that read, taking turns; 0 reads in threads of this one.
-        prefetch: Batches that each worker has ready, or threads, each of which reads one.
-        mesh: The devices that share each batch.
-    """
-
-    workers: int
-    prefetch: int
-    mesh: Mesh
+    workers: int  # processes that read, taking turns; 0 reads in threads of this one
+    prefetch: int  # batches that each worker has ready, or threads, each of which reads one
+    mesh: Mesh  # the devices that share each batch
 
     @contextmanager
     def open(self, source: Source, rows: np.ndarray) -> Iterator[Iterator[Batch]]:
         """Opens a stream of batches on the devices, of which `rows` is this process's share."""
-        place = _placing(self.mesh, jax.process_count())
+        processes, by_rows = jax.process_count(), sharding.split(self.mesh)
+
+        def place(batch: dict[str, np.ndarray]) -> Batch:
+            return {
+                name: jax.make_array_from_process_local_data(
+                    by_rows, np.array(value), (len(value) * processes, *value.shape[1:])
+                )
+                for name, value in batch.items()
+            }
+
+        stream = prefetched(source, rows, place, workers=self.workers, ahead=self.prefetch)
         # An image that cannot be read is in one process's share, and the others wait for its batch.
-        with (
-            collectives.fail_alone(),
-            prefetched(
-                BatchReader(source, rows), place, workers=self.workers, ahead=self.prefetch
-            ) as stream,
-        ):
-            yield stream
+        with collectives.fail_alone(), stream as batches:
+            yield batches
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamedDataset:
-    """Training images.
-
-    Attributes:
-        source: Where they come from.
-        indices: int[N], which of the source's images they are.
-        batch_size: B, images in each batch, over all processes.
-        epochs: Length of the run.
-        steps_per_dispatch: Most steps in a feed.
-        reader: Reads them.
-    """
+    """Training images."""
 
     source: Source
-    indices: np.ndarray
-    batch_size: int
-    epochs: int
-    steps_per_dispatch: int
+    indices: np.ndarray  # int[N], which of the source's images
+    batch_size: int  # B, over all processes
+    epochs: int  # length of the run
+    steps_per_dispatch: int  # most steps in a feed
     reader: Reader
 
     def read(self, rows: np.ndarray) -> np.ndarray:
@@ -94,24 +83,17 @@ class StreamedDataset:
     def feeds(self, key: Array, step: int) -> Iterator[Iterator[tuple[int, StreamedFeed]]]:
         """Opens the feeds from a step on, each with the number of steps taken at its end.
 
-        Args:
-            key: Of `epoch_order`.
-            step: Steps taken so far.
-
         Raises:
             InputError: On the way, an image cannot be decoded, or a worker died.
         """
-        batches = self._batches(key, step)
-        try:
-            yield self._feeds(batches, step)
-        finally:
-            batches.close()
-
-    def _feeds(self, batches: Iterator[Batch], step: int) -> Iterator[tuple[int, StreamedFeed]]:
         steps_per_epoch = len(self.indices) // self.batch_size
         last_step = self.epochs * steps_per_epoch
-        for first, count in dispatches(step, last_step, steps_per_epoch, self.steps_per_dispatch):
-            yield first + count, StreamedFeed(tuple(islice(batches, count)))
+        calls = dispatches(step, last_step, steps_per_epoch, self.steps_per_dispatch)
+        with closing(self._batches(key, step)) as batches:
+            yield (
+                (first + count, StreamedFeed(tuple(islice(batches, count))))
+                for first, count in calls
+            )
 
     def _batches(self, key: Array, step: int) -> Generator[Batch]:
         steps_per_epoch = len(self.indices) // self.batch_size
@@ -128,28 +110,20 @@ class StreamedDataset:
 
 @dataclasses.dataclass(frozen=True)
 class StreamedBatches:
-    """Images to evaluate on: each iteration reads them all, in order, each once.
-
-    Attributes:
-        source: Where they come from.
-        indices: int[N], which of the source's images they are.
-        batch_size: B, over all processes; the last batch is padded under a mask.
-        reader: Reads them.
-    """
+    """Images to evaluate on: each iteration reads them all, in order, each once."""
 
     source: Source
-    indices: np.ndarray
-    batch_size: int
+    indices: np.ndarray  # int[N], which of the source's images
+    batch_size: int  # B, over all processes; the last batch is padded under a mask
     reader: Reader
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        rows = process_share(
-            in_rows(self.indices, self.batch_size), jax.process_index(), jax.process_count()
-        )
-        with self.reader.open(self.source, rows) as stream:
+        rows = in_rows(self.indices, self.batch_size)
+        share = process_share(rows, jax.process_index(), jax.process_count())
+        with self.reader.open(self.source, share) as stream:
             yield from stream
 
 
@@ -161,26 +135,11 @@ def training_rows(
     process_index: int,
     process_count: int,
 ) -> np.ndarray:
-    """Returns one process's share of the batches of some epochs, as indices of images.
-
-    Args:
-        key: Of `epoch_order`.
-        indices: int[N], the training images.
-        batch_size: B, over all processes; what is left over of an epoch is left out of it.
-        epochs: Which.
-        process_index: Whose share.
-        process_count: P.
-
-    Returns:
-        int32[len(epochs) * (N // B), B / P].
-    """
+    """Returns a process's share of the batches of some epochs: int32[epochs * (N // B), B / P]."""
     # As numbers, so that the order is computed here alone, wherever the key is.
     key = jax.random.wrap_key_data(jnp.asarray(np.asarray(jax.random.key_data(key))))
-    batches = len(indices) // batch_size
-    orders = [
-        np.asarray(_jitted_order(key, epoch, len(indices)))[: batches * batch_size]
-        for epoch in epochs
-    ]
+    size = len(indices) // batch_size * batch_size  # what is left over is left out of the epoch
+    orders = [np.asarray(_jitted_order(key, epoch, len(indices)))[:size] for epoch in epochs]
     rows = indices.astype(np.int32)[np.concatenate(orders)].reshape(-1, batch_size)
     return process_share(rows, process_index, process_count)
 
@@ -202,15 +161,10 @@ def in_rows(indices: np.ndarray, batch_size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class BatchReader:
-    """Random access to batches: `reader[i]` reads and decodes the i-th. Runs in the workers, too.
-
-    Attributes:
-        source: Where the images come from.
-        rows: int[batches, B], indices of images in the source, or `PADDING`.
-    """
+    """Batches at random: `reader[i]` reads and decodes the i-th. Runs in the workers, too."""
 
     source: Source
-    rows: np.ndarray
+    rows: np.ndarray  # int[batches, B], indices of images in the source, or `PADDING`
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -227,24 +181,25 @@ class BatchReader:
 
 @contextmanager
 def prefetched(
-    reader: BatchReader, place: Callable[[dict[str, np.ndarray]], T], *, workers: int, ahead: int
+    source: Source,
+    rows: np.ndarray,
+    place: Callable[[dict[str, np.ndarray]], T],
+    *,
+    workers: int,
+    ahead: int,
 ) -> Iterator[Iterator[T]]:
-    """Opens a stream of all batches in order, and stops its workers at the end.
+    """Opens a stream of the batches of `rows` in order, and stops its workers at the end.
 
-    Args:
-        reader: Of the batches.
-        place: Is given each batch, in a thread of this process, two batches ahead of its use.
-        workers: As `Reader.workers`.
-        ahead: As `Reader.prefetch`.
+    `place` is given each batch in a thread of this process, two batches ahead of its use.
 
     Raises:
         InputError: On the way, an image cannot be decoded, or a worker died.
     """
     import grain  # Half a second, and only for data that is streamed.
 
-    workers = min(workers, len(reader))
+    workers = min(workers, len(rows))
     threads = 0 if workers else ahead
-    dataset = grain.MapDataset.source(reader).to_iter_dataset(
+    dataset = grain.MapDataset.source(BatchReader(source, rows)).to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )
     if workers:
@@ -276,21 +231,6 @@ def _absl_flags_parsed() -> Iterator[None]:
         yield
     finally:
         flags.FLAGS.unparse_flags()
-
-
-def _placing(mesh: Mesh, process_count: int) -> Callable[[dict[str, np.ndarray]], Batch]:
-    """Returns the function that makes one process's rows its part of a batch over all devices."""
-    by_rows = sharding.split(mesh)
-
-    def place(rows: dict[str, np.ndarray]) -> Batch:
-        return {
-            name: jax.make_array_from_process_local_data(
-                by_rows, np.array(value), (len(value) * process_count, *value.shape[1:])
-            )
-            for name, value in rows.items()
-        }
-
-    return place
 
 
 def _exit_with_parent(index: int, count: int) -> None:

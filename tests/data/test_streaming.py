@@ -20,7 +20,6 @@ from alexnet_jax.data.in_memory import InMemoryDataset, memory_limit
 from alexnet_jax.data.load import load_data
 from alexnet_jax.data.sampling import epoch_order, padded_batches
 from alexnet_jax.data.streaming import (
-    BatchReader,
     Reader,
     StreamedBatches,
     StreamedDataset,
@@ -265,8 +264,12 @@ def test_what_may_be_in_memory_leaves_room():
 def test_reading_is_ahead_of_its_use():
     """While one batch is in use, the next are read and placed."""
     placed = []
-    batches = BatchReader(Numbers(), np.arange(40).reshape(10, 4))
-    with prefetched(batches, lambda batch: placed.append(0), workers=0, ahead=1) as stream:
+    rows = np.arange(40).reshape(10, 4)
+
+    def place(batch):
+        placed.append(0)
+
+    with prefetched(Numbers(), rows, place, workers=0, ahead=1) as stream:
         next(stream)
         deadline = time.monotonic() + 60
         while len(placed) < 3 and time.monotonic() < deadline:

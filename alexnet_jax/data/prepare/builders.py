@@ -70,11 +70,6 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
 def digits(data_dir: Path) -> ImageBuilder:
     """Returns scikit-learn's 1,797 handwritten digits: a real data set that needs no download."""
 
-    def generate(chosen: np.ndarray, pixels: np.ndarray, labels: np.ndarray) -> Examples:
-        for index in chosen.tolist():
-            image = io.BytesIO(decode.encode_png(pixels[index]))
-            yield index, {"image": image, "label": int(labels[index])}
-
     def examples() -> dict[str, Examples]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -84,8 +79,13 @@ def digits(data_dir: Path) -> ImageBuilder:
             np.arange(len(data.target)), test_size=360, stratify=data.target, random_state=0
         )
         pixels = np.round(data.images * (255 / 16)).astype(np.uint8)
-        chosen = {"train": train, "test": test}
-        return {split: generate(part, pixels, data.target) for split, part in chosen.items()}
+
+        def generate(chosen: np.ndarray) -> Examples:
+            for index in chosen.tolist():
+                image = io.BytesIO(decode.encode_png(pixels[index]))
+                yield index, {"image": image, "label": int(data.target[index])}
+
+        return {"train": generate(train), "test": generate(test)}
 
     return ImageBuilder(
         "digits",
@@ -133,10 +133,7 @@ def class_folders(name: str, files: trees.LabeledFiles, data_dir: Path) -> Image
 
 
 class Cifar10Archive(Cifar10, skip_registration=True):  # type: ignore[call-arg]
-    """An official CIFAR-10 archive as TFDS's own `cifar10`: the same folder, records and order.
-
-    It must have its official name and content, `CIFAR10_SHA256`.
-    """
+    """An official CIFAR-10 archive as TFDS's own `cifar10`: the same folder, records and order."""
 
     name = "cifar10"
 
@@ -197,24 +194,18 @@ def read_cifar10(archive: Path) -> tuple[list[str], dict[str, Batch]]:
 
 
 def _read_binary_batch(data: bytes) -> Batch:
-    """Splits records of one label byte and 3,072 bytes of pixels, channel by channel."""
-    records = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3072)
+    records = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3072)  # a label byte, then pixels
     return records[:, 0], _channels_last(records[:, 1:])
 
 
 def _read_python_batch(data: bytes) -> Batch:
     """Finds labels and pixels in a pickle by reading its opcodes, which executes nothing."""
     strings = (item for _, item, _ in pickletools.genops(data) if isinstance(item, str | bytes))
-    blocks = [item for item in strings if item and len(item) % 3072 == 0]
-    if len(blocks) != 1:
-        raise ValueError(f"a batch has {len(blocks)} blocks of pixels, not one")
-    # pickletools shows the strings of a Python 2 pickle as Latin-1, which maps every byte.
-    content = blocks[0].encode("latin-1") if isinstance(blocks[0], str) else blocks[0]
+    pixels = max(strings, key=len)
+    if isinstance(pixels, str):  # pickletools shows Python 2's as Latin-1, which maps every byte.
+        pixels = pixels.encode("latin-1")
     labels = np.array(_pickled_list(data, "labels"), np.uint8)
-    pixels = _channels_last(np.frombuffer(content, np.uint8))
-    if len(labels) != len(pixels):
-        raise ValueError(f"a batch has {len(pixels)} images but {len(labels)} labels")
-    return labels, pixels
+    return labels, _channels_last(np.frombuffer(pixels, np.uint8))
 
 
 def _pickled_list(data: bytes, key: str) -> list[Any]:

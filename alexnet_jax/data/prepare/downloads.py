@@ -14,12 +14,7 @@ PROBE_SECONDS = 5.0
 
 
 def check_downloads(builder: Any, downloads: Path) -> None:
-    """Raises InputError if a manually downloaded file is damaged, or a host cannot be reached.
-
-    Args:
-        builder: A TFDS builder, whose registered URLs are checked.
-        downloads: TFDS's folder for downloads.
-    """
+    """Raises an InputError if a manually downloaded file is damaged, or a host is unreachable."""
     from tensorflow_datasets.core.download import resource
 
     manual = downloads / "manual"
@@ -28,17 +23,15 @@ def check_downloads(builder: Any, downloads: Path) -> None:
     for url, info in infos.items():
         by_hand = manual / (info.filename or "")
         cached = resource.get_dl_fname(url, info.checksum)
+        folders = (downloads / builder.name, downloads)
         if info.filename and by_hand.is_file():
             check_sha256(by_hand, info.checksum, f"download it again from {url}")
-        elif not any(
-            (folder / cached).exists() for folder in (downloads / builder.name, downloads)
-        ):
+        elif not any((folder / cached).exists() for folder in folders):
             missing[url] = info
     # Of several configs each needs only some of the files, and only TFDS knows which.
     if not missing or (builder.builder_config is not None and len(missing) < len(infos)):
         return
-    failures = unreachable_hosts(list(missing))
-    if not failures:
+    if not (failures := unreachable_hosts(list(missing))):
         return
     wanted = [f"{url} ({info.size})" for url, info in missing.items()]
     listed = ", ".join(wanted[:5]) + (f" and {len(wanted) - 5} more" if len(wanted) > 5 else "")
@@ -52,7 +45,7 @@ def check_downloads(builder: Any, downloads: Path) -> None:
 
 
 def check_sha256(path: Path, expected: str, remedy: str) -> None:
-    """Raises InputError, which ends in `remedy`, unless the file has the expected sha256."""
+    """Raises an InputError, which ends in `remedy`, unless the file has the expected sha256."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
