@@ -335,7 +335,7 @@ def test_class_names_that_would_shift_the_labels_are_refused(tmp_path, name):
         for index in range(5):
             add(tar, f"{name}/{index}.png", picture())
             add(tar, f"emu/{index}.png", picture())
-    refused(path, "printable characters|no UTF-8")
+    refused(path, "printable characters|not UTF-8")
 
 
 # --- images -------------------------------------------------------------------------------------

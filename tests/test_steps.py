@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from sklearn.metrics import confusion_matrix
 
-from alexnet_jax.config import default_config
+from alexnet_jax.config import TrainConfig, default_config
 from alexnet_jax.data.augment import create_augment, create_normalize
 from alexnet_jax.data.feed import InMemoryFeed
 from alexnet_jax.data.in_memory import InMemoryDataset
@@ -460,10 +460,8 @@ def test_an_epoch_visits_each_image_at_most_once(unroll):
         images,
         labels,
         np.arange(size),
-        batch_size=batch_size,
-        epochs=epochs,
-        steps_per_dispatch=5,
-        mesh=sharding.make_mesh(jax.devices()[:1]),
+        TrainConfig(batch_size=batch_size, epochs=epochs, steps_per_dispatch=5),
+        sharding.make_mesh(jax.devices()[:1]),
     )
     several = jax.jit(functools.partial(train_steps, step_fn=step, unroll=unroll))
     with dataset.feeds(order_key(state.key), 0) as feeds:

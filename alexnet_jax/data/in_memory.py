@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from alexnet_jax.config import TrainConfig
 from alexnet_jax.data.feed import InMemoryFeed, dispatches
 from alexnet_jax.data.sampling import Batch, epoch_order, eval_batch_size, padded_batches
 from alexnet_jax.distributed import sharding
@@ -30,9 +31,7 @@ class InMemoryDataset:
 
     placing: Future[dict[str, Array]]  # image uint8[N, S, S, 3] and label int32[N], once copied
     size: int  # N
-    batch_size: int  # B, over all processes
-    epochs: int  # length of the run
-    steps_per_dispatch: int  # most steps in a feed
+    config: TrainConfig
     mesh: Mesh
 
     @classmethod
@@ -41,10 +40,7 @@ class InMemoryDataset:
         images: np.ndarray,
         labels: np.ndarray,
         indices: np.ndarray,
-        *,
-        batch_size: int,
-        epochs: int,
-        steps_per_dispatch: int,
+        config: TrainConfig,
         mesh: Mesh,
     ) -> "InMemoryDataset":
         """Starts to copy some of the images to the devices, in the background.
@@ -57,12 +53,10 @@ class InMemoryDataset:
             placed: dict[str, Array] = sharding.place(host, sharding.replicated(mesh))
             return placed
 
-        if not steps_per_dispatch:
-            steps_per_dispatch = 1 if sharding.on_cpu(mesh) else ACCELERATOR_STEPS_PER_DISPATCH
         thread = ThreadPoolExecutor(1)
         placing = thread.submit(copy)
         thread.shutdown(wait=False)
-        return cls(placing, len(indices), batch_size, epochs, steps_per_dispatch, mesh)
+        return cls(placing, len(indices), config, mesh)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Returns some of the images, uint8[n, S, S, 3]."""
@@ -78,18 +72,21 @@ class InMemoryDataset:
         yield self._feeds(key, step)
 
     def _feeds(self, key: Array, step: int) -> Iterator[tuple[int, InMemoryFeed]]:
-        steps_per_epoch = self.size // self.batch_size
+        batch_size = self.config.batch_size
+        steps_per_epoch = self.size // batch_size
+        best = 1 if sharding.on_cpu(self.mesh) else ACCELERATOR_STEPS_PER_DISPATCH
+        steps_per_dispatch = self.config.steps_per_dispatch or best
         jit = functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
         one = functools.partial(epoch_order, size=self.size)
         order_of = jit(jax.vmap(one, in_axes=(0, None)) if key.ndim else one)
         take = jit(_take, static_argnums=(2, 3))
-        last_step, epoch = self.epochs * steps_per_epoch, -1
-        for first, count in dispatches(step, last_step, steps_per_epoch, self.steps_per_dispatch):
+        last_step, epoch = self.config.epochs * steps_per_epoch, -1
+        for first, count in dispatches(step, last_step, steps_per_epoch, steps_per_dispatch):
             if epoch != first // steps_per_epoch:  # to sort 45,000 keys takes a CPU 30 ms
                 epoch = first // steps_per_epoch
                 order = order_of(key, np.int32(epoch))
-            start = np.int32(first % steps_per_epoch * self.batch_size)
-            rows = take(order, start, count, self.batch_size)
+            start = np.int32(first % steps_per_epoch * batch_size)
+            rows = take(order, start, count, batch_size)
             yield first + count, InMemoryFeed(rows=rows, **self.placing.result())
 
 

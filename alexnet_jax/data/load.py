@@ -86,21 +86,14 @@ def _load(config: Config, mesh: Mesh) -> RunData:
     _check_seeds(config, in_memory)
     reader = Reader(options.workers, options.prefetch, mesh)
     train: InMemoryDataset | StreamedDataset
-    schedule = {
-        "batch_size": config.train.batch_size,
-        "epochs": config.train.epochs,
-        "steps_per_dispatch": config.train.steps_per_dispatch,
-    }
     if in_memory:
-        train = InMemoryDataset.place(images, labels, first, mesh=mesh, **schedule)
+        train = InMemoryDataset.place(images, labels, first, config.train, mesh)
         count = functools.partial(count_values, images)
         validation: Iterable[Batch] = place_batches(
             images[second], labels[second], config.eval.batch_size, mesh
         )
     else:
-        # To read takes longer than to dispatch, so that a step each is as fast as several.
-        schedule["steps_per_dispatch"] = schedule["steps_per_dispatch"] or 1
-        train = StreamedDataset(source, first, reader=reader, **schedule)
+        train = StreamedDataset(source, first, config.train, reader)
         count = functools.partial(_count_streamed, source, reader)
         validation = _eval_batches(config, reader, source, second)
     sizes = {"train": len(first), "validation": len(second)} | ({"test": len(test)} if test else {})

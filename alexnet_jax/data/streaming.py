@@ -22,6 +22,7 @@ from absl import flags
 from jax import Array
 from jax.sharding import Mesh
 
+from alexnet_jax.config import TrainConfig
 from alexnet_jax.data.feed import StreamedFeed, dispatches
 from alexnet_jax.data.sampling import Batch, epoch_order
 from alexnet_jax.data.source import Source
@@ -70,9 +71,7 @@ class StreamedDataset:
 
     source: Source
     indices: np.ndarray  # int[N], which of the source's images
-    batch_size: int  # B, over all processes
-    epochs: int  # length of the run
-    steps_per_dispatch: int  # most steps in a feed
+    config: TrainConfig
     reader: Reader
 
     def read(self, rows: np.ndarray) -> np.ndarray:
@@ -86,9 +85,10 @@ class StreamedDataset:
         Raises:
             InputError: On the way, an image cannot be decoded, or a worker died.
         """
-        steps_per_epoch = len(self.indices) // self.batch_size
-        last_step = self.epochs * steps_per_epoch
-        calls = dispatches(step, last_step, steps_per_epoch, self.steps_per_dispatch)
+        steps_per_epoch = len(self.indices) // self.config.batch_size
+        last_step = self.config.epochs * steps_per_epoch
+        # To read takes longer than to dispatch, so that a step each is as fast as several.
+        calls = dispatches(step, last_step, steps_per_epoch, self.config.steps_per_dispatch or 1)
         with closing(self._batches(key, step)) as batches:
             yield (
                 (first + count, StreamedFeed(tuple(islice(batches, count))))
@@ -96,13 +96,13 @@ class StreamedDataset:
             )
 
     def _batches(self, key: Array, step: int) -> Generator[Batch]:
-        steps_per_epoch = len(self.indices) // self.batch_size
+        batch_size, last = self.config.batch_size, self.config.epochs
+        steps_per_epoch = len(self.indices) // batch_size
         at_once = max(1, STRETCH // len(self.indices))
-        for epoch in range(step // steps_per_epoch, self.epochs, at_once):
-            epochs = range(epoch, min(epoch + at_once, self.epochs))
-            rows = training_rows(
-                key, self.indices, self.batch_size, epochs, jax.process_index(), jax.process_count()
-            )
+        process, count = jax.process_index(), jax.process_count()
+        for epoch in range(step // steps_per_epoch, last, at_once):
+            epochs = range(epoch, min(epoch + at_once, last))
+            rows = training_rows(key, self.indices, batch_size, epochs, process, count)
             rows = rows[max(0, step - epoch * steps_per_epoch) :]
             with self.reader.open(self.source, rows) as stream:
                 yield from stream

@@ -24,29 +24,17 @@ class TTA(NamedTuple):
     combine: Callable[[Array], Array]  # logits float32[V, B, classes] to float32[B, classes]
 
 
-def _with_flips(views: list[Array]) -> Array:
+def with_flips(views: list[Array], size: int = 0) -> Views:
+    """Stacks images, or their centers of `size` pixels, each before its horizontal flip."""
+    if size:  # Before the flip: with an odd margin the center of a flipped image is another.
+        views = [center_crop(view, size) for view in views]
     return jnp.stack([flipped for view in views for flipped in (view, view[:, :, ::-1])])
 
 
-def _crops(images: Array, size: tuple[int, int], corners: list[tuple[int, int]]) -> list[Array]:
-    return [images[:, y : y + size[0], x : x + size[1]] for y, x in corners]
-
-
-def _centers(views: list[Array], size: int) -> list[Array]:
-    # Before they are flipped: with an odd margin the center of a flipped image is another.
-    return [center_crop(view, size) for view in views] if size else views
-
-
-def flip(images: Images, size: int = 0) -> Views:
-    """Returns the image, or its center of `size` pixels, and its horizontal flip: 2 views."""
-    return _with_flips(_centers([images], size))
-
-
 def flip_translate(images: Images, size: int = 0) -> Views:
-    """As `flip`, also of the image shifted by a pixel up and left, and down and right: 6 views."""
-    size_seen = (images.shape[1], images.shape[2])
-    shifted = _crops(pad(images, 1), size_seen, [(0, 0), (2, 2)])
-    return _with_flips(_centers([images, *shifted], size))
+    """Returns images, also shifted by a pixel up and left, and down and right, with their flips."""
+    padded, (height, width) = pad(images, 1), images.shape[1:3]
+    return with_flips([images, padded[:, :height, :width], padded[:, 2:, 2:]], size)
 
 
 def ten_crop(images: Images, padding: int, size: int = 0, pad_mode: str = "reflect") -> Views:
@@ -59,7 +47,7 @@ def ten_crop(images: Images, padding: int, size: int = 0, pad_mode: str = "refle
         images = pad(images, padding, pad_mode)
     bottom, right = images.shape[1] - height, images.shape[2] - width
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
-    return _with_flips(_crops(images, (height, width), corners))
+    return with_flips([images[:, y : y + height, x : x + width] for y, x in corners])
 
 
 def mean_logits(weights: tuple[float, ...]) -> Callable[[Logits], Float[Array, "batch classes"]]:
@@ -82,7 +70,7 @@ def create_tta(name: str, augment: AugmentConfig, crop_size: int = 0) -> TTA | N
     """
     match name:
         case "flip":
-            return TTA(lambda images: flip(images, crop_size), mean_logits((1 / 2,) * 2))
+            return TTA(lambda images: with_flips([images], crop_size), mean_logits((1 / 2,) * 2))
         case "flip_translate":
             weights = (1 / 4,) * 2 + (1 / 8,) * 4
             return TTA(lambda images: flip_translate(images, crop_size), mean_logits(weights))

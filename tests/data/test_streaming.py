@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax.config import default_config, validate
+from alexnet_jax.config import TrainConfig, default_config, validate
 from alexnet_jax.data import load, streaming
 from alexnet_jax.data.in_memory import InMemoryDataset, memory_limit
 from alexnet_jax.data.load import load_data
@@ -57,9 +57,8 @@ def reader(workers=0, devices=2):
 
 
 def dataset(indices, batch_size, epochs, workers=0, source=None):
-    return StreamedDataset(
-        source or Numbers(), np.asarray(indices), batch_size, epochs, 1, reader(workers)
-    )
+    config = TrainConfig(batch_size=batch_size, epochs=epochs, steps_per_dispatch=1)
+    return StreamedDataset(source or Numbers(), np.asarray(indices), config, reader(workers))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from alexnet_jax.run import files
 
 DIGITS = "digits"
 
-_INFO = "dataset_info.json"
+_INFO = "dataset_info.json"  # TFDS writes it last.
 _REPLACED = "replaced."  # Prefix of a folder's name while a new one takes its place.
 # name, name/config, either with :version. Namespaces ("huggingface:") would need the network.
 _TFDS_NAME = re.compile(r"\w+(/[\w.\-]+)?(:[\d*][\d.*]*)?")
@@ -58,11 +58,6 @@ def check_name(name: str) -> None:
             f"config.data.name is {name!r}; it must be a data set's name, such as 'cifar10', "
             "'imagenet_resized/32x32' or 'mnist:3.0.1'."
         )
-
-
-def is_prepared(folder: Path) -> bool:
-    """Whether `folder` has a complete data set; TFDS writes this file last."""
-    return (folder / _INFO).is_file()
 
 
 def prepare_path(
@@ -262,10 +257,14 @@ def _prepare(
     folder: Path, root: Path, create_builder: Callable[[], Any], overwrite: bool, bars: bool = False
 ) -> bool:
     """Prepares `folder` unless it is prepared already; returns whether it did."""
-    if is_prepared(folder) and not overwrite:
+
+    def is_done() -> bool:
+        return not overwrite and (folder / _INFO).is_file()
+
+    if is_done():
         return False
     with _only_writer(folder):
-        if is_prepared(folder) and not overwrite:  # Another process was faster.
+        if is_done():  # Another process was faster.
             return False
         replaced = folder.with_name(_REPLACED + folder.name)
         if folder.exists():
