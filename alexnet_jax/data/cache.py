@@ -48,9 +48,8 @@ def load_or_compute(
     other `options` or by another version of Pillow. A folder that cannot be written is done
     without.
     """
-    key = json.dumps(
-        [_FORMAT, source.fingerprint, source.image_size, PIL.__version__, options], sort_keys=True
-    )
+    depends = [_FORMAT, source.fingerprint, source.image_size, PIL.__version__, options]
+    key = json.dumps(depends, sort_keys=True)
     split = re.sub(r"[^A-Za-z0-9.-]", "_", source.name.rpartition(" ")[2])
     folder = Path(source.folder, "computed", f"{split}-{source.image_size}-{name}")
     arrays = _load(folder, key)

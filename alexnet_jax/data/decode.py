@@ -87,9 +87,8 @@ def read_image(path: Path, size: int) -> np.ndarray:
         check_file_size(str(path), path.stat().st_size)
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"The image {path} cannot be read ({error.strerror}); name another file."
-        ) from None
+        why = error.strerror
+        raise InputError(f"The image {path} cannot be read ({why}); name another file.") from None
     with _checked(data, str(path)):
         return decode(data, size)
 

@@ -4,7 +4,6 @@ Both kinds answer `batch(i)` inside of jit, so that `steps.train_steps` needs to
 """
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import flax.struct
 import jax
@@ -12,17 +11,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from alexnet_jax.data.sampling import Batch
-
-
-class Feed(Protocol):
-    """K batches, as a pytree."""
-
-    @property
-    def num_steps(self) -> int:
-        """K."""
-
-    def batch(self, i: Array | int) -> Batch:
-        """Returns the i-th batch, counted from 0."""
 
 
 class InMemoryFeed(flax.struct.PyTreeNode):
@@ -59,6 +47,9 @@ class StreamedFeed(flax.struct.PyTreeNode):
         if isinstance(i, int):
             return self.batches[i]
         return jax.tree.map(lambda *x: jnp.stack(x)[i], *self.batches)
+
+
+Feed = InMemoryFeed | StreamedFeed
 
 
 def dispatches(

@@ -18,13 +18,7 @@ from alexnet_jax.data.options import DataConfig
 from alexnet_jax.data.sampling import Batch, eval_batch_size, evenly_spaced, stratified_split
 from alexnet_jax.data.source import Source, load_source
 from alexnet_jax.data.statistics import channel_statistics, principal_components
-from alexnet_jax.data.streaming import (
-    Reader,
-    StreamedBatches,
-    StreamedDataset,
-    in_rows,
-    prefetched,
-)
+from alexnet_jax.data.streaming import Reader, StreamedBatches, StreamedDataset, in_rows
 from alexnet_jax.distributed import collectives
 from alexnet_jax.errors import InputError
 
@@ -277,6 +271,5 @@ def _count_streamed(source: Source, reader: Reader, indices: np.ndarray) -> np.n
         return count_values(np.asarray(batch["image"])[np.asarray(batch["mask"])])
 
     rows, title = in_rows(indices, 64), "Measuring channel statistics"
-    opened = prefetched(source, rows, count, workers=reader.workers, ahead=reader.prefetch)
-    with opened as stream:
+    with reader.stream(source, rows, count) as stream:
         return sum(tqdm(stream, title, len(rows), disable=None, delay=1), np.zeros((3, 256), int))

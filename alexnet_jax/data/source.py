@@ -140,9 +140,8 @@ class Source(SplitInfo):
             try:
                 records = self.records.__getitems__(some)
             except RuntimeError as error:  # ArrayRecord's, where a checksum is wrong.
-                raise _broken(
-                    f"The files of {self.name} are damaged ({error})", self.folder
-                ) from error
+                problem = f"The files of {self.name} are damaged ({error})"
+                raise _broken(problem, self.folder) from error
             for index, record in zip(some, records, strict=True):
                 try:
                     features = tf_example_pb2.Example.FromString(record).features.feature

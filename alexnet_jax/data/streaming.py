@@ -59,10 +59,40 @@ class Reader:
                 for name, value in batch.items()
             }
 
-        stream = prefetched(source, rows, place, workers=self.workers, ahead=self.prefetch)
         # An image that cannot be read is in one process's share, and the others wait for its batch.
-        with collectives.fail_alone(), stream as batches:
+        with collectives.fail_alone(), self.stream(source, rows, place) as batches:
             yield batches
+
+    @contextmanager
+    def stream(
+        self, source: Source, rows: np.ndarray, place: Callable[[dict[str, np.ndarray]], T]
+    ) -> Iterator[Iterator[T]]:
+        """Opens a stream of what `place` makes of the batches of `rows`, in order.
+
+        `place` runs in a thread of this process, two batches ahead of its use.
+
+        Raises:
+            InputError: On the way, an image cannot be decoded, or a worker died.
+        """
+        import grain  # Half a second, and only for data that is streamed.
+
+        workers = min(self.workers, len(rows))
+        threads = 0 if workers else self.prefetch
+        dataset = grain.MapDataset.source(BatchReader(source, rows)).to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        )
+        if workers:
+            options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=self.prefetch)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=_exit_with_parent)
+        dataset = grain.experimental.ThreadPrefetchIterDataset(
+            dataset.map(place), prefetch_buffer_size=_PLACED_AHEAD
+        )
+        with _absl_flags_parsed():
+            with _signals_blocked():
+                batches = iter(dataset)
+                batches.start_prefetch()  # The threads and processes started here inherit the mask.
+            with closing(batches):
+                yield _with_messages(batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,57 +210,15 @@ class BatchReader:
 
 
 @contextmanager
-def prefetched(
-    source: Source,
-    rows: np.ndarray,
-    place: Callable[[dict[str, np.ndarray]], T],
-    *,
-    workers: int,
-    ahead: int,
-) -> Iterator[Iterator[T]]:
-    """Opens a stream of the batches of `rows` in order, and stops its workers at the end.
-
-    `place` is given each batch in a thread of this process, two batches ahead of its use.
-
-    Raises:
-        InputError: On the way, an image cannot be decoded, or a worker died.
-    """
-    import grain  # Half a second, and only for data that is streamed.
-
-    workers = min(workers, len(rows))
-    threads = 0 if workers else ahead
-    dataset = grain.MapDataset.source(BatchReader(source, rows)).to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    )
-    if workers:
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead),
-            worker_init_fn=_exit_with_parent,
-        )
-    dataset = grain.experimental.ThreadPrefetchIterDataset(
-        dataset.map(place), prefetch_buffer_size=_PLACED_AHEAD
-    )
-    with _absl_flags_parsed():
-        with _signals_blocked():
-            stream = iter(dataset)
-            stream.start_prefetch()  # The threads and processes started here inherit the mask.
-        try:
-            yield _with_messages(stream)
-        finally:
-            stream.close()
-
-
-@contextmanager
 def _absl_flags_parsed() -> Iterator[None]:
     """Lets Grain read its own flags, which nobody has parsed in a notebook."""
-    if flags.FLAGS.is_parsed():
-        yield
-        return
+    was_parsed = flags.FLAGS.is_parsed()
     flags.FLAGS.mark_as_parsed()
     try:
         yield
     finally:
-        flags.FLAGS.unparse_flags()
+        if not was_parsed:
+            flags.FLAGS.unparse_flags()
 
 
 def _exit_with_parent(index: int, count: int) -> None:

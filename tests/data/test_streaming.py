@@ -23,7 +23,6 @@ from alexnet_jax.data.streaming import (
     Reader,
     StreamedBatches,
     StreamedDataset,
-    prefetched,
     process_share,
     training_rows,
 )
@@ -268,7 +267,8 @@ def test_reading_is_ahead_of_its_use():
     def place(batch):
         placed.append(0)
 
-    with prefetched(Numbers(), rows, place, workers=0, ahead=1) as stream:
+    one_ahead = Reader(0, 1, sharding.make_mesh())
+    with one_ahead.stream(Numbers(), rows, place) as stream:
         next(stream)
         deadline = time.monotonic() + 60
         while len(placed) < 3 and time.monotonic() < deadline:

@@ -96,9 +96,7 @@ def prepare_path(
     builder: Any = builders.ImageBuilder
     if path.name in builders.CIFAR10_SHA256:
         if name not in ("", "cifar10"):
-            raise InputError(
-                f"{path.name} becomes the data set cifar10, not {name!r}; leave the name out."
-            )
+            raise InputError(f"{path.name} becomes cifar10, not {name!r}; leave the name out.")
         name, builder = "cifar10", builders.Cifar10Archive
     else:
         name = name or default_name(path)
@@ -179,7 +177,7 @@ def add_array_record(builder: Any) -> None:
     from tensorflow_datasets.core.file_adapters import FileFormat, convert_path_to_file_format
 
     folder = Path(builder.data_dir)
-    remedy = "remove that folder, or choose another --config.data.data_dir, to prepare it again"
+    remedy = "remove its folder, or choose another --config.data.data_dir, to prepare it again"
     if builder.info.file_format is not FileFormat.TFRECORD:
         raise InputError(
             f"{folder} is prepared as {builder.info.file_format.value}, which cannot be read at "
@@ -191,20 +189,18 @@ def add_array_record(builder: Any) -> None:
         if "array_record" in formats:  # Another process was faster.
             return
         shards = [
-            (Path(source), count)
+            (Path(file), count)
             for split in builder.info.splits.values()
-            for source, count in zip(split.filepaths, split.shard_lengths, strict=True)
+            for file, count in zip(split.filepaths, split.shard_lengths, strict=True)
         ]
         total = sum(count for _, count in shards)
         with tqdm(desc=f"Converting {builder.name}", total=total, disable=None) as bar:
-            for source, count in shards:
-                target = convert_path_to_file_format(source, FileFormat.ARRAY_RECORD)
+            for file, count in shards:
+                target = convert_path_to_file_format(file, FileFormat.ARRAY_RECORD)
                 try:
-                    tfrecord.copy_records(source, Path(target), count, bar)
+                    tfrecord.copy_records(file, Path(target), count, bar)
                 except (OSError, ValueError, RuntimeError) as error:
-                    raise InputError(
-                        f"{source} cannot be converted ({error}); {remedy}."
-                    ) from error
+                    raise InputError(f"{file} cannot be converted ({error}); {remedy}.") from error
         formats.append("array_record")
         # The new files count from here on; an interruption before this costs only time.
         files.write_json(folder / _INFO, description)
@@ -214,9 +210,9 @@ def run_builder(builder: Any, root: Path, bars: bool = False) -> None:
     """Has a TFDS builder prepare its data set, with errors in one sentence."""
     import tensorflow_datasets as tfds
 
-    config = tfds.download.DownloadConfig(
-        manual_dir=root / "downloads" / "manual", try_download_gcs=False
-    )
+    manual = root / "downloads" / "manual"
+    config = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
+    name = builder.name
     try:
         with quiet_tfds(bars):
             builder.download_and_prepare(download_config=config, file_format="array_record")
@@ -224,13 +220,12 @@ def run_builder(builder: Any, root: Path, bars: bool = False) -> None:
         raise
     except ModuleNotFoundError as error:
         raise InputError(
-            f"TFDS needs the package {error.name} to prepare {builder.name}; install it with "
+            f"TFDS needs the package {error.name} to prepare {name}; install it with "
             f"`pip install {error.name}`."
         ) from error
     except Exception as error:  # Every one of TFDS's data sets fails in its own way.
-        raise InputError(
-            f"TFDS could not prepare {builder.name} in {root}: {_first_line(error)}."
-        ) from error
+        problem = _first_line(error)
+        raise InputError(f"TFDS could not prepare {name} in {root}: {problem}.") from error
 
 
 @contextlib.contextmanager
@@ -336,9 +331,7 @@ def _check_own_name(name: str) -> None:
             "beginning with a letter."
         )
     if name == DIGITS or name in tfds.list_builders(with_community_datasets=False):
-        raise InputError(
-            f"The name {name!r} belongs to another data set; choose your own with --name."
-        )
+        raise InputError(f"The name {name!r} is another data set's; choose your own with --name.")
 
 
 def _unknown_name(name: str, root: Path) -> str:

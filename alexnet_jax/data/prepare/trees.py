@@ -108,9 +108,7 @@ def label_files(path: Path, test_fraction: float) -> LabeledFiles:
     if len(splits) == 1:
         splits = _hold_out(splits["train"], test_fraction)
     if not splits["test"]:
-        raise InputError(
-            f"{path} has too few images for a test split of {test_fraction}; raise --test_fraction."
-        )
+        raise InputError(f"{path} has too few images to hold any out; raise --test_fraction.")
     return LabeledFiles(path, class_names, splits, total - sum(map(len, splits.values())))
 
 
@@ -130,15 +128,12 @@ def walk(path: Path) -> Iterator[Entry]:
     elif path.suffix.lower() in ARCHIVE_SUFFIXES:
         entries = _walk_tar(path)
     else:
-        raise InputError(
-            f"{path} is neither a folder nor an archive ({', '.join(sorted(ARCHIVE_SUFFIXES))})."
-        )
+        known = ", ".join(sorted(ARCHIVE_SUFFIXES))
+        raise InputError(f"{path} is neither a folder nor an archive ({known}).")
     with readable(path):
         for count, entry in enumerate(entries, start=1):
             if count > MAX_MEMBERS:
-                raise InputError(
-                    f"{path} holds more than {MAX_MEMBERS:,} files and folders; prepare a part."
-                )
+                raise InputError(f"{path} holds more than {MAX_MEMBERS:,} files; prepare a part.")
             _check_name(entry.name, path)
             place = PurePosixPath(entry.name.lstrip("/"))
             if any(part.startswith(".") or part == "__MACOSX" for part in place.parts):
@@ -156,12 +151,7 @@ def readable(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except _DAMAGE as error:
-        raise InputError(
-            f"{path} cannot be read to its end ({error}); it is damaged or cut short, get it again."
-        ) from error
-
-
-# --- reading ------------------------------------------------------------------------------------
+        raise InputError(f"{path} is damaged or cut short ({error}); get it again.") from error
 
 
 def _walk_folder(path: Path) -> Iterator[Entry]:
@@ -188,9 +178,8 @@ def _walk_tar(path: Path) -> Iterator[Entry]:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # Or a million headers would pile up in memory.
                 if member.issparse():  # Its holes take no room, and a TiB when read.
-                    raise InputError(
-                        f"{path} holds a sparse file, {member.name}; pack it without --sparse."
-                    )
+                    name = member.name
+                    raise InputError(f"{path} holds a sparse file, {name}; pack it without these.")
                 content = tar.extractfile(member) if member.isreg() else None
                 read = content.read if content else None
                 yield Entry(member.name, read, member.size, member.isdir())
@@ -210,14 +199,12 @@ def _walk_zip(path: Path) -> Iterator[Entry]:
                 return file.read(member.file_size)
 
         for member in archive.infolist():
+            remedy = "unpack it and give the folder"
             if member.flag_bits & 1:
-                raise InputError(f"{path} is encrypted; unpack it and give the folder.")
+                raise InputError(f"{path} is encrypted; {remedy}.")
             # zipfile unpacks other methods as a whole, whatever size is declared.
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise InputError(
-                    f"{path} is packed by another method than deflate; pack it again, or unpack it "
-                    "and give the folder."
-                )
+                raise InputError(f"{path} is packed by another method than deflate; {remedy}.")
             is_folder = member.is_dir()
             is_file = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG) and not is_folder
             read_it = functools.partial(read, member) if is_file else None
@@ -271,17 +258,12 @@ def _check_name(name: str, path: Path) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise InputError(
-            f"{path} holds the name {name[:80]!r}, which is not UTF-8; rename it."
-        ) from None
+        raise InputError(f"{path} holds {name[:80]!r}, which is not UTF-8; rename it.") from None
     if len(name) > MAX_NAME_LENGTH or name.count("/") > MAX_DEPTH:
         raise InputError(
             f"{path} holds {name[:80]!r}..., whose path has {len(name):,} characters and "
             f"{name.count('/'):,} folders; at most {MAX_NAME_LENGTH:,} and {MAX_DEPTH} are allowed."
         )
-
-
-# --- labeling -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -327,10 +309,8 @@ def _labels(root: _Folder, path: Path, advice: str) -> dict[str, str]:
     for name, folder in sorted(root.folders.items()):
         images = folder.all_images()
         if not images:
-            raise InputError(
-                f"The class folder {folder.path} of {path} holds no image; fill or remove it."
-                f"{advice}"
-            )
+            where = f"The class folder {folder.path} of {path}"
+            raise InputError(f"{where} holds no image; fill or remove it.{advice}")
         # TFDS stores the names as stripped lines of a text file.
         if not name.isprintable() or name != name.strip():
             raise InputError(
