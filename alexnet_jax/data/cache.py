@@ -26,9 +26,7 @@ _FORMAT = 2  # To be raised when images are decoded differently, or arrays chang
 
 
 def decoded(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what `Source.read_all` does; more than `MIN_BYTES` are decoded once and cached."""
-    if len(source) * int(np.prod(source.image_shape)) <= MIN_BYTES:
-        return source.read_all()
+    """Returns what `Source.read_all` does, cached."""
 
     def read() -> Arrays:
         return dict(zip(("images", "labels"), source.read_all(), strict=True))
@@ -46,8 +44,10 @@ def load_or_compute(
     the process took a virtual machine 0.6 s, and to check them 0.07 s. They are computed again
     where they are damaged (by their checksums), or were computed from other data files, with
     other `options` or by another version of Pillow. A folder that cannot be written is done
-    without.
+    without, and so is a cache of at most `MIN_BYTES` of images.
     """
+    if len(source) * int(np.prod(source.image_shape)) <= MIN_BYTES:
+        return compute()
     depends = [_FORMAT, source.fingerprint, source.image_size, PIL.__version__, options]
     key = json.dumps(depends, sort_keys=True)
     split = re.sub(r"[^A-Za-z0-9.-]", "_", source.name.rpartition(" ")[2])

@@ -68,17 +68,16 @@ def load_data(config: Config, mesh: Mesh) -> RunData:
 
 def _load(config: Config, mesh: Mesh) -> RunData:
     started = time.monotonic()
-    options, fraction = config.data, config.data.validation_fraction
-    source = load_source(options, options.train_split)
-    test = load_source(options, options.test_split) if config.eval.test else None
-    if in_memory := _fits(options, len(source), mesh):
+    data, fraction = config.data, config.data.validation_fraction
+    source = load_source(data, data.train_split)
+    test = load_source(data, data.test_split) if config.eval.test else None
+    if in_memory := _fits(data, len(source), mesh):
         images, labels = cache.decoded(source)
     else:
         labels = _labels(source, fraction)
     first, second = stratified_split(labels, fraction)
-    _check_sizes(config, len(first), len(second))
-    _check_seeds(config, in_memory)
-    reader = Reader(options.workers, options.prefetch, mesh)
+    _check(config, len(first), len(second), in_memory)
+    reader = Reader(data.workers, data.prefetch, mesh)
     train: InMemoryDataset | StreamedDataset
     if in_memory:
         train = InMemoryDataset.place(images, labels, first, config.train, mesh)
@@ -93,7 +92,7 @@ def _load(config: Config, mesh: Mesh) -> RunData:
     sizes = {"train": len(first), "validation": len(second)} | ({"test": len(test)} if test else {})
     counts = ", ".join(f"{size:,} {_SPLIT_NAMES[split]} images" for split, size in sizes.items())
     log.info(
-        f"{'Read' if in_memory else 'Streaming'} {options.name}: {counts}"
+        f"{'Read' if in_memory else 'Streaming'} {data.name}: {counts}"
         f"{'' if test else ', the test set is not evaluated'}, {len(source.class_names)} classes "
         f"({time.monotonic() - started:.1f} s)."
     )
@@ -105,7 +104,7 @@ def _load(config: Config, mesh: Mesh) -> RunData:
         validation=validation,
         test=functools.partial(_eval_batches, config, reader, test) if test else None,
         info={
-            "name": options.name,
+            "name": data.name,
             "class_names": list(source.class_names),
             "image_shape": list(source.image_shape),
             **_statistics(config, source, first, count, train.read),
@@ -113,7 +112,7 @@ def _load(config: Config, mesh: Mesh) -> RunData:
             "images": sizes,
         },
         in_memory={
-            split: _fits(options, size, mesh)
+            split: _fits(data, size, mesh)
             for split, size in (sizes | {"train": len(source)}).items()
         },
     )
@@ -130,28 +129,28 @@ def _statistics(
 
     `count` is `count_values` of indices in the source; `read` reads by position in `train`.
     """
-    options = config.data
-    pixels = options.image_size**2
+    data = config.data
+    pixels = data.image_size**2
     sample = train[evenly_spaced(len(train), STATISTICS_PIXELS // pixels)]
-    if len(source) * 3 * pixels > cache.MIN_BYTES:
-        depends = {"validation": options.validation_fraction, "size": len(sample)}
-        counts = cache.load_or_compute(
-            source, "colours", lambda: {"counts": count(sample)}, **depends
-        )["counts"]
-    else:
-        counts = count(sample)
-    mean, std = channel_statistics(counts)
-    if options.normalization == "subtract_mean":
+    depends = {"validation": data.validation_fraction, "size": len(sample)}
+    found = cache.load_or_compute(source, "colours", lambda: {"counts": count(sample)}, **depends)
+    mean, std = channel_statistics(found["counts"])
+    if data.normalization == "subtract_mean":
         std = (1 / 255,) * len(mean)  # on the scale 0..1, which leaves pixels as they are
-    found: dict[str, Any] = {"mean": mean, "deviation": std}
+    statistics: dict[str, Any] = {"mean": mean, "deviation": std}
     if config.augment.pca_jitter:
         some = evenly_spaced(len(train), COMPONENTS_PIXELS // pixels)
-        found["principal_colours"] = principal_components(read(some))
-    return found
+        statistics["principal_colours"] = principal_components(read(some))
+    return statistics
 
 
-def _check_sizes(config: Config, train: int, validation: int) -> None:
+def _check(config: Config, train: int, validation: int, in_memory: bool) -> None:
     """Rejects too few images; warns where no class has enough of them for validation."""
+    if config.num_seeds > 1 and not in_memory:
+        raise InputError(
+            f"config.num_seeds is {config.num_seeds}, and the images are streamed, in one order; "
+            "many seeds need them on the devices (config.data.in_memory), or a run each."
+        )
     name, fraction = config.data.name, config.data.validation_fraction
     if train < config.train.batch_size:
         raise InputError(
@@ -166,14 +165,6 @@ def _check_sizes(config: Config, train: int, validation: int) -> None:
     if not config.eval.test:
         raise InputError(f"{what}; raise it: a run with config.eval.test False is judged by them.")
     log.warning("%s: nothing is evaluated before the end.", what)
-
-
-def _check_seeds(config: Config, in_memory: bool) -> None:
-    if config.num_seeds > 1 and not in_memory:
-        raise InputError(
-            f"config.num_seeds is {config.num_seeds}, and the images are streamed, in one order; "
-            "many seeds need them on the devices (config.data.in_memory), or a run each."
-        )
 
 
 def _less_than_an_image(fraction: float, name: str) -> str:
@@ -201,29 +192,29 @@ def load_split(config: Config, mesh: Mesh, split: str) -> Split:
     Raises:
         InputError: The data is not available, or the run holds out no validation images.
     """
-    options, fraction = config.data, config.data.validation_fraction
+    data, fraction = config.data, config.data.validation_fraction
     if split == "validation" and not fraction:
         raise InputError(
             "config.data.validation_fraction is 0, so that the run has no validation images; "
             "choose another split."
         )
-    own = {"train": options.train_split, "validation": options.train_split}
-    name = (own | {"test": options.test_split}).get(split, split)
-    source = load_source(options, name)
+    own = {"train": data.train_split, "validation": data.train_split}
+    name = (own | {"test": data.test_split}).get(split, split)
+    source = load_source(data, name)
     indices = None
     if split in own and fraction:
-        in_memory = _fits(options, len(source), mesh)
+        in_memory = _fits(data, len(source), mesh)
         labels = cache.decoded(source)[1] if in_memory else _labels(source, fraction)
         indices = stratified_split(labels, fraction)[split == "validation"]
         if not len(indices):
             raise InputError(
-                f"{_less_than_an_image(fraction, options.name)}, so that the run has no "
+                f"{_less_than_an_image(fraction, data.name)}, so that the run has no "
                 "validation images; choose another split."
             )
-    parts = {options.test_split: "test", options.train_split: "train"}
+    parts = {data.test_split: "test", data.train_split: "train"}
     whole = name if name in parts else name.partition("[")[0]
-    files = source if whole == name or whole not in parts else load_source(options, whole)
-    reader = Reader(options.workers, options.prefetch, mesh)
+    files = source if whole == name or whole not in parts else load_source(data, whole)
+    reader = Reader(data.workers, data.prefetch, mesh)
     return Split(
         batches=_eval_batches(config, reader, source, indices),
         size=len(source) if indices is None else len(indices),
@@ -251,10 +242,10 @@ def _eval_batches(
     return place_batches(images, labels, batch_size, mesh)
 
 
-def _fits(options: DataConfig, size: int, mesh: Mesh) -> bool:
-    if options.in_memory == "auto":
-        return size * 3 * options.image_size**2 <= memory_limit(mesh)
-    return options.in_memory == "on"
+def _fits(data: DataConfig, size: int, mesh: Mesh) -> bool:
+    if data.in_memory == "auto":
+        return size * 3 * data.image_size**2 <= memory_limit(mesh)
+    return data.in_memory == "on"
 
 
 def _labels(source: Source, validation_fraction: float) -> np.ndarray:

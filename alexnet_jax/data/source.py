@@ -10,6 +10,7 @@ import logging
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,19 +105,16 @@ class Source(SplitInfo):
         """
         images = np.empty((len(indices), *self.image_shape), np.uint8)
         labels = np.empty(len(indices), np.int32)
-        for row, (index, encoded, label) in enumerate(self._examples(indices)):
-            labels[row] = label
-            try:
-                images[row] = decode(encoded, self.image_size)
-            except Exception as error:  # Pillow raises nearly every kind of exception on bad bytes.
-                raise self._damaged(index, error) from error
+        read_image = partial(decode, size=self.image_size)
+        for row, (image, label) in enumerate(self._examples(indices, read_image)):
+            images[row], labels[row] = image, label
             update()
         return images, labels
 
     def read_labels(self) -> np.ndarray:
         """Returns every label, int32[N], without decoding an image."""
-        labels = (label for _, _, label in self._examples(range(len(self))))
-        return np.fromiter(labels, np.int32, len(self))
+        examples = self._examples(range(len(self)), lambda encoded: None)
+        return np.fromiter((label for _, label in examples), np.int32, len(self))
 
     def checksum(self) -> str:
         """Identifies the content of the files, wherever they are, by size and CRC-32."""
@@ -131,8 +129,10 @@ class Source(SplitInfo):
                     checksum = zlib.crc32(file.read(_BLOCK), checksum)
         return f"{sum(sizes):,} bytes with checksum {checksum:08x}"
 
-    def _examples(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, bytes, int]]:
-        """Yields index, encoded image and label."""
+    def _examples(
+        self, indices: Sequence[int] | np.ndarray, read_image: Callable[[bytes], Any]
+    ) -> Iterator[tuple[Any, int]]:
+        """Yields images, as `read_image` returns them, and labels."""
         from tensorflow_datasets.proto import tf_example_pb2
 
         for start in range(0, len(indices), _READ_AT_ONCE):
@@ -146,18 +146,16 @@ class Source(SplitInfo):
                 try:
                     features = tf_example_pb2.Example.FromString(record).features.feature
                     label = features[self.label_key].int64_list.value[0]
-                    encoded = features[self.image_key].bytes_list.value[0]
-                except Exception as error:  # Protobuf's own, or an IndexError: a feature is empty.
-                    raise self._damaged(index, error) from error
+                    image = read_image(features[self.image_key].bytes_list.value[0])
+                except Exception as error:  # On bad bytes Pillow raises nearly every kind.
+                    problem = f"Image {index} of {self.name} cannot be decoded ({error})"
+                    raise _broken(problem, self.folder) from error
                 if not 0 <= label < len(self.class_names):
                     raise InputError(
                         f"Image {index} of {self.name} has the label {label}, which is none of "
                         f"the {len(self.class_names)} classes; choose a split that has labels."
                     )
-                yield index, encoded, label
-
-    def _damaged(self, index: int, error: Exception) -> InputError:
-        return _broken(f"Image {index} of {self.name} cannot be decoded ({error})", self.folder)
+                yield image, label
 
 
 def load_source(config: DataConfig, split: str) -> Source:
