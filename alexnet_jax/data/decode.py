@@ -26,10 +26,9 @@ def decode(data: bytes, size: int) -> np.ndarray:
 
 
 def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Resizes the short side of an image of any mode to `size`, and crops the center.
+    """Resizes the short side of an image of any mode, and crops the center: uint8[size, size, 3].
 
-    Returns:
-        uint8[size, size, 3], RGB, upright according to its EXIF orientation.
+    It is RGB, and upright according to its EXIF orientation.
     """
     rgb = to_rgb(_upright(image))
     return np.asarray(rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size)))
@@ -39,10 +38,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Converts an image of any mode to RGB.
 
     Transparent pixels are composited on white and 16-bit gray is scaled to 8 bits; Pillow alone
-    makes the former black and clips the latter.
-
-    Raises:
-        ValueError: The pixels are floats or have more than 16 bits, which have no agreed range.
+    makes the former black and clips the latter. Floats, and integers of more than 16 bits, have no
+    agreed range and raise a ValueError.
     """
     if image.mode == "F":
         raise ValueError("its pixels are 32-bit floats; save it with 8 or 16 bits a channel")
@@ -57,11 +54,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def image_from_array(pixels: np.ndarray) -> Image.Image:
     """Converts an array to a Pillow image; 16-bit values are rounded to 8 bits.
 
-    Args:
-        pixels: uint8 or uint16, [H, W] or [H, W, 1] (gray), [H, W, 3] (RGB) or [H, W, 4] (RGBA).
-
-    Raises:
-        ValueError: The dtype or shape is another.
+    It is uint8 or uint16, [H, W] or [H, W, 1] (gray), [H, W, 3] (RGB) or [H, W, 4] (RGBA); any
+    other raises a ValueError.
     """
     if pixels.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"its dtype is {pixels.dtype}; it must be uint8 or uint16")
@@ -76,11 +70,7 @@ def image_from_array(pixels: np.ndarray) -> Image.Image:
 
 
 def read_image(path: Path, size: int) -> np.ndarray:
-    """Reads an image file in any of `FORMATS` exactly as training reads it from a prepared set.
-
-    Raises:
-        InputError: The file cannot be read or decoded, or is too large.
-    """
+    """Reads an image file in any of `FORMATS` exactly as training reads it from a prepared set."""
     try:
         if not path.is_file():  # A device, say, might never end.
             raise FileNotFoundError(errno.ENOENT, "no such file")
@@ -103,14 +93,9 @@ def check_file_size(name: str, size: int) -> None:
 
 
 def count_values(images: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
-    """Counts how often each value occurs in each channel of images, or of chosen ones.
+    """Counts how often each value occurs in each channel of images, or of the chosen ones.
 
-    Args:
-        images: uint8[N, H, W, 3].
-        chosen: int[M], indices; None for all.
-
-    Returns:
-        int64[3, 256].
+    From uint8[N, H, W, 3] and indices int[M] to int64[3, 256].
     """
     chosen = np.arange(len(images)) if chosen is None else chosen
     counts = np.zeros(3 * 256, np.int64)
@@ -132,12 +117,8 @@ def encode_png(image: Image.Image | np.ndarray) -> bytes:
 def to_jpeg_or_png(data: bytes, name: str) -> bytes:
     """Checks an image file by decoding it, and re-encodes it where other readers might fail.
 
-    Returns:
-        `data` itself if it is an upright RGB or gray JPEG or PNG; otherwise an upright RGB PNG,
-        composited on white where it was transparent.
-
-    Raises:
-        InputError: The image is too large or cannot be decoded; it is called by its `name`.
+    Returns `data` itself if it is an upright RGB or gray JPEG or PNG; otherwise an upright RGB PNG,
+    composited on white where it was transparent. Errors call it by its `name`.
     """
     with _checked(data, name), _open(data) as image:
         image.load()

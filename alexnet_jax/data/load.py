@@ -52,13 +52,7 @@ class RunData(NamedTuple):
 
 
 def load_data(config: Config, mesh: Mesh) -> RunData:
-    """Opens the data, holds the validation images out of it, and places what fits.
-
-    Raises:
-        InputError: The data is not available, has fewer images than a batch, or too few for
-            validation images that something depends on; or it fits into the memory of some
-            processes alone.
-    """
+    """Opens the data, holds the validation images out of it, and places what fits."""
     with collectives.fail_together():
         data = _load(config, mesh)
     # By the memory of each, unless config.data.in_memory says so; the programs would not meet.
@@ -188,9 +182,6 @@ def load_split(config: Config, mesh: Mesh, split: str) -> Split:
     """Opens the images of one split in the batches that a run evaluates on.
 
     `split` is "train", "validation" or "test", as the run has them, or any TFDS split.
-
-    Raises:
-        InputError: The data is not available, or the run holds out no validation images.
     """
     data, fraction = config.data, config.data.validation_fraction
     if split == "validation" and not fraction:

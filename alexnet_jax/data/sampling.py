@@ -34,11 +34,9 @@ def padded_batches(
 
 
 def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Splits examples in two, each class in the same proportion; the same split every time.
+    """Returns sorted indices of two parts, which are the same every time.
 
-    Returns:
-        Sorted indices of the two parts. The second has a `fraction` of each class, rounded; at
-        least one example of a class stays in the first.
+    The second has a `fraction` of each class, rounded; one of a class at least stays in the first.
     """
     # A fixed seed: runs with different seeds are compared on the same validation images.
     shuffled = np.random.default_rng(0).permutation(len(labels))

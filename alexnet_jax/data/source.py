@@ -98,11 +98,7 @@ class Source(SplitInfo):
     def read(
         self, indices: Sequence[int] | np.ndarray, update: Callable[[], Any] = lambda: None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns images uint8[n, S, S, 3] and labels int32[n]; calls `update` after each.
-
-        Raises:
-            InputError: A record is damaged or has no label.
-        """
+        """Returns images uint8[n, S, S, 3] and labels int32[n]; calls `update` after each."""
         images = np.empty((len(indices), *self.image_shape), np.uint8)
         labels = np.empty(len(indices), np.int32)
         read_image = partial(decode, size=self.image_size)
@@ -167,10 +163,6 @@ def load_source(config: DataConfig, split: str) -> Source:
     Args:
         config: `name`, `data_dir` and `image_size` are used here.
         split: A TFDS split, such as "train" or "train[:90%]".
-
-    Raises:
-        InputError: The name or the split is unknown, the data cannot be downloaded or read, or
-            the set is not for image classification.
     """
     if config.image_size < 1:
         raise InputError(f"config.data.image_size is {config.image_size}; it must be at least 1.")

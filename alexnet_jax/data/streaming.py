@@ -69,10 +69,8 @@ class Reader:
     ) -> Iterator[Iterator[T]]:
         """Opens a stream of what `place` makes of the batches of `rows`, in order.
 
-        `place` runs in a thread of this process, two batches ahead of its use.
-
-        Raises:
-            InputError: On the way, an image cannot be decoded, or a worker died.
+        `place` runs in a thread of this process, two batches ahead of its use. The stream raises
+        an InputError where an image cannot be decoded or a worker died.
         """
         import grain  # Half a second, and only for data that is streamed.
 
@@ -110,11 +108,7 @@ class StreamedDataset:
 
     @contextmanager
     def feeds(self, key: Array, step: int) -> Iterator[Iterator[tuple[int, StreamedFeed]]]:
-        """Opens the feeds from a step on, each with the number of steps taken at its end.
-
-        Raises:
-            InputError: On the way, an image cannot be decoded, or a worker died.
-        """
+        """Opens the feeds from a step on, each with the number of steps taken at its end."""
         steps_per_epoch = len(self.indices) // self.config.batch_size
         last_step = self.config.epochs * steps_per_epoch
         # To read takes longer than to dispatch, so that a step each is as fast as several.
@@ -235,10 +229,7 @@ def _exit_with_parent(index: int, count: int) -> None:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Keeps Ctrl-C and SIGTERM, which go to the whole group, from workers that start in here.
-
-    The run itself handles them: it saves, and then stops its workers.
-    """
+    """Keeps Ctrl-C and SIGTERM, which go to the whole group, from workers that start in here."""
     resource_tracker.ensure_running()  # It would lift the mask when it is started under it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:

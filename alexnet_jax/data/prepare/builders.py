@@ -160,17 +160,11 @@ def bar(items: Iterable[Any], total: int, split: str) -> Iterable[Any]:
     return tqdm(items, f"Preparing {split}", total, disable=None, unit="img")
 
 
-# --- CIFAR-10's archives ------------------------------------------------------------------------
-
 Batch = tuple[np.ndarray, np.ndarray]  # labels uint8[N], pixels uint8[N, 32, 32, 3]
 
 
 def read_cifar10(archive: Path) -> tuple[list[str], dict[str, Batch]]:
-    """Reads an official CIFAR-10 archive, binary or python, without unpickling anything.
-
-    Returns:
-        The class names, and the images of each split in the official order.
-    """
+    """Reads the class names and the splits of a CIFAR-10 archive, without unpickling anything."""
     files = {}
     with trees.readable(archive), tarfile.open(archive, "r:gz") as tar:
         for member in tar:

@@ -75,14 +75,11 @@ def prepare_path(
 
     Args:
         path: The archive or folder.
-        name: What to call the data set; "" derives it from the path. CIFAR-10 keeps its own.
+        name: Of the data set; "" derives it from the path.
         data_dir: Root of the prepared data sets; "" for TFDS's default.
         test_fraction: Share of each class that goes to test where the tree has no splits.
         overwrite: Whether to replace a prepared set. The old one comes back if that fails; runs
             that ask for it meanwhile wait.
-
-    Raises:
-        InputError: The path, the name, the fraction or anything in the data cannot be used.
     """
     import tensorflow_datasets as tfds
 
@@ -131,12 +128,7 @@ def prepare_digits(data_dir: str) -> None:
 
 
 def prepare_registered(name: str, data_dir: str) -> None:
-    """Lets TFDS download and prepare one of its own data sets.
-
-    Raises:
-        InputError: TFDS does not know the name, cannot prepare the files, or cannot download them
-            (within seconds where there is no network).
-    """
+    """Lets TFDS download and prepare one of its own data sets; fails early without a network."""
     import tensorflow_datasets as tfds
 
     root = data_root(data_dir)
@@ -170,19 +162,14 @@ def add_array_record(builder: Any) -> None:
 
     TFDS's own converter needs TensorFlow and Apache Beam. The builder does not see the new files:
     open the set again.
-
-    Raises:
-        InputError: A file cannot be read or written, or the set is in another format.
     """
     from tensorflow_datasets.core.file_adapters import FileFormat, convert_path_to_file_format
 
     folder = Path(builder.data_dir)
     remedy = "remove its folder, or choose another --config.data.data_dir, to prepare it again"
     if builder.info.file_format is not FileFormat.TFRECORD:
-        raise InputError(
-            f"{folder} is prepared as {builder.info.file_format.value}, which cannot be read at "
-            f"random here; {remedy}."
-        )
+        found = builder.info.file_format.value
+        raise InputError(f"{folder} is prepared as {found}, which is not read at random; {remedy}.")
     with _only_writer(folder):
         description = json.loads((folder / _INFO).read_text())
         formats = description.setdefault("alternativeFileFormats", [])
@@ -273,10 +260,7 @@ def _prepare(
 
 @contextlib.contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
-    """Lets one process at a time write a data set, and removes what a killed one left.
-
-    Of the processes of a run, which all want it at the same moment, one prepares it.
-    """
+    """Lets one process at a time write a data set, and removes what a killed one left."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = (folder.parent / ".lock").open("w")

@@ -14,8 +14,7 @@ from tqdm import tqdm
 def copy_records(source: Path, target: Path, expected: int, bar: tqdm) -> None:
     """Copies `expected` records to an ArrayRecord file, which appears only when it is complete.
 
-    Raises:
-        OSError, ValueError, RuntimeError: The source is damaged or the target cannot be written.
+    Raises OSError, ValueError or RuntimeError for a damaged source and a failed write.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 

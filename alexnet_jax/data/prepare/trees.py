@@ -81,10 +81,6 @@ def label_files(path: Path, test_fraction: float) -> LabeledFiles:
     The tree is `train/<class>/...` with `test/<class>/...` (`val`, `validation` and `valid` stand
     in for a missing `test`), or just `<class>/...`, which is then split class by class. Either may
     be below common top folders.
-
-    Raises:
-        InputError: The archive cannot be read, there are fewer than two classes, or a class is
-            empty, is in test alone, or has a name that cannot be stored.
     """
     top, total, links = _Folder(PurePosixPath()), 0, 0
     for entry in tqdm(walk(path), f"Listing {path.name}", unit="file", disable=None):
@@ -115,11 +111,8 @@ def label_files(path: Path, test_fraction: float) -> LabeledFiles:
 def walk(path: Path) -> Iterator[Entry]:
     """Yields the entries of a folder, or a tar or zip archive, in an order that does not change.
 
-    Hidden entries and what macOS adds to archives are left out.
-
-    Raises:
-        InputError: The path is none of these, the archive is damaged, an image is too large, or
-            there is more in the archive than an honest one can hold.
+    Hidden entries and what macOS adds to archives are left out. An archive that is damaged, or
+    holds more than an honest one can, raises an InputError.
     """
     if path.is_dir():
         entries = _walk_folder(path)
@@ -177,12 +170,12 @@ def _walk_tar(path: Path) -> Iterator[Entry]:
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictTarInfo) as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # Or a million headers would pile up in memory.
+                name = member.name
                 if member.issparse():  # Its holes take no room, and a TiB when read.
-                    name = member.name
                     raise InputError(f"{path} holds a sparse file, {name}; pack it without these.")
                 content = tar.extractfile(member) if member.isreg() else None
                 read = content.read if content else None
-                yield Entry(member.name, read, member.size, member.isdir())
+                yield Entry(name, read, member.size, member.isdir())
         # The compressor's checksum is at the very end.
         while file.read(2**20):
             pass
@@ -275,7 +268,9 @@ class _Folder:
     def descend(self, parts: Iterable[str]) -> "_Folder":
         folder = self
         for part in parts:
-            folder = folder.folders.setdefault(part, _Folder(folder.path / part))
+            if part not in folder.folders:
+                folder.folders[part] = _Folder(folder.path / part)
+            folder = folder.folders[part]
         return folder
 
     def all_images(self) -> list[str]:
