@@ -36,8 +36,8 @@ class DataConfig(Section):
     )
     crop_size: int = option(
         0,
-        "Side in pixels of the crop that the network sees, random in training and centered in "
-        "evaluation: at least 8, or 0 for the whole image.",
+        "Side in pixels of the crop that the network sees, random in training and else centered; "
+        "0 is the whole image.",
         check=(lambda size: size == 0 or 8 <= size <= 1024, "0, or between 8 and 1024"),
     )
     normalization: Literal["standardize", "subtract_mean"] = option(
@@ -47,8 +47,7 @@ class DataConfig(Section):
     )
     in_memory: Literal["auto", "on", "off"] = option(
         "auto",
-        'Whether the images are held in device memory ("on") or streamed ("off"); "auto" decides '
-        "by their size.",
+        'Hold the images in device memory ("on") or stream them ("off"); "auto": by their size.',
         resumable=True,
     )
     workers: int = option(

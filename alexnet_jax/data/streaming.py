@@ -48,8 +48,9 @@ class Reader:
 
     @contextmanager
     def open(self, source: Source, rows: np.ndarray) -> Iterator[Iterator[Batch]]:
-        """Opens a stream of batches on the devices, of which `rows` is this process's share."""
+        """Opens a stream of batches on the devices, of which this process reads its share."""
         processes, by_rows = jax.process_count(), sharding.split(self.mesh)
+        share = process_share(rows, jax.process_index(), processes)
 
         def place(batch: dict[str, np.ndarray]) -> Batch:
             return {
@@ -60,7 +61,7 @@ class Reader:
             }
 
         # An image that cannot be read is in one process's share, and the others wait for its batch.
-        with collectives.fail_alone(), self.stream(source, rows, place) as batches:
+        with collectives.fail_alone(), self.stream(source, share, place) as batches:
             yield batches
 
     @contextmanager
@@ -123,12 +124,11 @@ class StreamedDataset:
         batch_size, last = self.config.batch_size, self.config.epochs
         steps_per_epoch = len(self.indices) // batch_size
         at_once = max(1, STRETCH // len(self.indices))
-        process, count = jax.process_index(), jax.process_count()
         for epoch in range(step // steps_per_epoch, last, at_once):
             epochs = range(epoch, min(epoch + at_once, last))
-            rows = training_rows(key, self.indices, batch_size, epochs, process, count)
-            rows = rows[max(0, step - epoch * steps_per_epoch) :]
-            with self.reader.open(self.source, rows) as stream:
+            rows = training_rows(key, self.indices, batch_size, epochs)
+            taken = max(0, step - epoch * steps_per_epoch)
+            with self.reader.open(self.source, rows[taken:]) as stream:
                 yield from stream
 
 
@@ -145,27 +145,17 @@ class StreamedBatches:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        rows = in_rows(self.indices, self.batch_size)
-        share = process_share(rows, jax.process_index(), jax.process_count())
-        with self.reader.open(self.source, share) as stream:
+        with self.reader.open(self.source, in_rows(self.indices, self.batch_size)) as stream:
             yield from stream
 
 
-def training_rows(
-    key: Array,
-    indices: np.ndarray,
-    batch_size: int,
-    epochs: range,
-    process_index: int,
-    process_count: int,
-) -> np.ndarray:
-    """Returns a process's share of the batches of some epochs: int32[epochs * (N // B), B / P]."""
+def training_rows(key: Array, indices: np.ndarray, batch_size: int, epochs: range) -> np.ndarray:
+    """Returns the batches of some epochs, as indices of images: int32[epochs * (N // B), B]."""
     # As numbers, so that the order is computed here alone, wherever the key is.
     key = jax.random.wrap_key_data(jnp.asarray(np.asarray(jax.random.key_data(key))))
     size = len(indices) // batch_size * batch_size  # what is left over is left out of the epoch
     orders = [np.asarray(_jitted_order(key, epoch, len(indices)))[:size] for epoch in epochs]
-    rows = indices.astype(np.int32)[np.concatenate(orders)].reshape(-1, batch_size)
-    return process_share(rows, process_index, process_count)
+    return indices.astype(np.int32)[np.concatenate(orders)].reshape(-1, batch_size)
 
 
 _jitted_order = jax.jit(epoch_order, static_argnums=2)

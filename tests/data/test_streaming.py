@@ -105,8 +105,8 @@ def test_batches_are_those_of_the_in_memory_path_from_any_step(workers, step, mo
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_the_shares_of_all_processes_make_the_batches(processes):
     indices = np.arange(100, 130)
-    whole = training_rows(KEY, indices, 8, range(1, 3), 0, 1)
-    shares = [training_rows(KEY, indices, 8, range(1, 3), p, processes) for p in range(processes)]
+    whole = training_rows(KEY, indices, 8, range(1, 3))
+    shares = [process_share(whole, process, processes) for process in range(processes)]
     assert {share.shape for share in shares} == {(6, 8 // processes)}
     np.testing.assert_array_equal(np.concatenate(shares, axis=1), whole)
     for epoch in whole.reshape(2, -1):

@@ -35,7 +35,7 @@ Examples = Iterator[tuple[int | str, dict[str, Any]]]
 class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A data set of encoded images, whose splits `examples` returns when it is prepared.
 
-    `info` has further arguments of `tfds.core.DatasetInfo`.
+    Its features have an "image" and a "label"; `info` is for `tfds.core.DatasetInfo`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -48,16 +48,13 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         examples: Callable[[], dict[str, Examples]],
         **info: str,
     ) -> None:
-        self.name = name
-        self._features, self._examples, self._arguments = features, examples, info
+        self.name, self._features, self._examples, self._arguments = name, features, examples, info
         super().__init__(data_dir=str(data_dir), file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
+        features, keys = tfds.features.FeaturesDict(self._features), ("image", "label")
         return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(self._features),
-            supervised_keys=("image", "label"),
-            **self._arguments,
+            builder=self, features=features, supervised_keys=keys, **self._arguments
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
@@ -87,13 +84,14 @@ def digits(data_dir: Path) -> ImageBuilder:
 
         return {"train": generate(train), "test": generate(test)}
 
+    features = {
+        "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+        "label": tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
+    }
     return ImageBuilder(
         "digits",
         data_dir,
-        {
-            "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
-            "label": tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
-        },
+        features,
         examples,
         description=(
             "Handwritten digits of 43 writers, reduced to 8x8 gray values: the part of the "
