@@ -48,7 +48,8 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         examples: Callable[[], dict[str, Examples]],
         **info: str,
     ) -> None:
-        self.name, self._features, self._examples, self._arguments = name, features, examples, info
+        self.name = name
+        self._features, self._examples, self._arguments = features, examples, info
         super().__init__(data_dir=str(data_dir), file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
