@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import train
 from alexnet_jax.distributed import sharding
+from alexnet_jax.experiments.report import page
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "alexnet_cifar10.ipynb"
 SETTINGS = 'DATA = "cifar10"  # or "digits"\nSOURCE = ".."\nRUNS = "runs"'
@@ -50,7 +50,7 @@ def test_it_is_committed_as_it_is_written(cells):
 def test_every_cell_runs_on_the_digits(cells, tmp_path, monkeypatch, capsys):
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-    monkeypatch.setattr(train, "_make_report", lambda folder: None)  # has its own tests
+    monkeypatch.setattr(page, "write_report", lambda folder: None)  # has its own tests
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     # As Colab's dialogue does it: the file lies in the current folder, and is named.
