@@ -8,6 +8,7 @@ square root of its eigenvalue and taken with both signs, are the kernels of a co
 import functools
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
@@ -51,7 +52,7 @@ class Whitening(nn.Module):
         edge = (before, self.side - 1 - before)
         x = self.ops.conv_general_dilated(
             images,
-            kernel.astype(self.dtype),
+            jnp.asarray(kernel, self.dtype),
             (1, 1),
             [edge, edge],
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
