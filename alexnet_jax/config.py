@@ -221,8 +221,9 @@ def declared_options(model: str | None = None) -> dict[str, Option]:
     return found
 
 
-# In a wheel, and in a checkout.
-CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+# In a wheel the configs are in the package, in a checkout beside it.
+CONFIGS = Path(__file__).with_name("configs")
+CONFIGS = CONFIGS if CONFIGS.is_dir() else Path(__file__).parents[1] / "configs"
 
 # A run may resume with other values of these.
 RESUMABLE = frozenset(key for key, declared in declared_options().items() if declared.resumable)
@@ -310,7 +311,7 @@ def find_config(name: str) -> str:
         InputError: There is no such file.
     """
     file, colon, argument = name.partition(":")
-    named = [os.path.join(folder, f"{file}.py") for folder in CONFIG_FOLDERS if os.sep not in file]
+    named = [] if os.sep in file else [os.path.join(CONFIGS, f"{file}.py")]
     for path in (file, *named):
         if os.path.isfile(path):  # pathlib's raises where a name is too long
             return f"{path}{colon}{argument}"
@@ -319,7 +320,7 @@ def find_config(name: str) -> str:
 
 def known_configs() -> str:
     """Says what --config may be, for a message."""
-    names = sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("[!_]*.py")})
+    names = sorted(path.stem for path in CONFIGS.glob("[!_]*.py"))
     return f"name a config file, or one of {', '.join(names)}"
 
 

@@ -65,7 +65,11 @@ def _files(folder):
 
 def serve(check):
     """Answers each line of standard input with a line of standard output, both JSON."""
-    from alexnet_jax import config, main
+    # What `run` imports when it is called: once here, not in each fork.
+    from alexnet_jax import config, environment, main  # noqa: F401
+    from alexnet_jax.cli import command_line  # noqa: F401
+    from alexnet_jax.distributed import initialize  # noqa: F401
+    from alexnet_jax.run import writers  # noqa: F401
 
     module, function = check.rsplit(".", 1)
     check = getattr(importlib.import_module(module), function)

@@ -65,7 +65,7 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path, "ProcessFlags"]:
 
     if name is None:
         raise InputError(f"--config is missing; {known_configs()}.")
-    config = load_config(name)
+    config = ConfigDict(load_config(name))  # a FrozenConfigDict takes no flags
     options = dict(flatten(config))
     for argument in rest:
         match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
@@ -77,7 +77,6 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path, "ProcessFlags"]:
         if match and match[1] not in options:
             raise InputError(unknown_option(match[1], options))
     values = flags.FlagValues()  # absl's own belongs to the user's program
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     flags.DEFINE_string("coordinator", None, "", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "", flag_values=values)
@@ -115,6 +114,8 @@ def _split_config(arguments: list[str]) -> tuple[str | None, list[str]]:
 def _parse(values: flags.FlagValues, arguments: list[str], config: ConfigDict) -> list[str]:
     """Sets the flags; returns the arguments that are not flags."""
     try:
+        # It reads the command line already, where a --flagfile may be missing.
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
         return values(arguments)[1:]
     except flags.UnrecognizedFlagError as error:
         keys = [key for key, _ in flatten(config)]

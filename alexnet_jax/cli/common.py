@@ -169,10 +169,9 @@ def _is_closed(stream: TextIO) -> bool:
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits a command line at its first ``--``, which argparse cannot do after an open list.
+    """Splits a command line at its first ``--`` into arguments and flags for the runs it starts.
 
-    Returns:
-        The arguments of the command, and the flags that it passes on to the runs it starts.
+    argparse cannot: it takes one list of open length, and not on both sides of options.
     """
     given = list(arguments)
     end = given.index("--") if "--" in given else len(given)
@@ -180,15 +179,10 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def check_flags(flags: Sequence[str], taken: Sequence[str], who: str) -> None:
-    """Rejects flags that a command sets itself in the runs that it starts.
-
-    Args:
-        flags: The second result of `split`.
-        taken: Names of flags that the command sets, such as "workdir" or "config.seed".
-        who: The command, for the message.
+    """Rejects flags, in any form that absl accepts, which `who` sets itself in the runs it starts.
 
     Raises:
-        InputError: One of the flags is taken, in any form that absl accepts.
+        InputError: The name of a flag is in `taken`, such as "workdir" or "config.seed".
     """
     for flag in flags:
         given = flag.split("=", 1)[0]

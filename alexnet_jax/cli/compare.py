@@ -32,28 +32,22 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("configs", metavar="CONFIG", nargs="+", help="a config file, or its name")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each config (default: 3)")
-    parser.add_argument(
-        "--separate_runs",
-        action="store_true",
-        help="a run for each seed, which streamed images need (default: one run for all seeds)",
-    )
-    parser.add_argument(
-        "--workdir",
-        type=common.path,
-        default=Path("runs/compare"),
-        help="folder of the run folders (default: runs/compare)",
-    )
+    help = "a run for each seed, which streamed images need (default: one run for all seeds)"
+    parser.add_argument("--separate_runs", action="store_true", help=help)
+    help = "folder of the run folders (default: runs/compare)"
+    parser.add_argument("--workdir", type=common.path, default=Path("runs/compare"), help=help)
     own, flags = common.split(arguments)
     options = parser.parse_args(own)
-    from alexnet_jax.config import load_config
-    from alexnet_jax.experiments import compare
-    from alexnet_jax.run import writers  # imports JAX, as --help does not
-
     taken = ["config", "workdir", "config.num_seeds"]
     taken += ["config.seed"] * options.separate_runs
     common.check_flags(flags, taken, "the comparison")
+    from alexnet_jax.config import load_config
+
     for config in options.configs:
         load_config(config)  # a mistake in the last one is found before the first one trains
+    from alexnet_jax.experiments import compare  # imports JAX, as --help does not
+    from alexnet_jax.run import writers
+
     entries = [compare.entry(config) for config in options.configs]
     writers.log_to_terminal()
     separately = options.separate_runs

@@ -33,14 +33,10 @@ def main(arguments: Sequence[str]) -> None:
     add_run(parser)
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument("--data.name", metavar="NAME", help="another data set, of the same classes")
-    parser.add_argument(
-        "--data.data_dir", metavar="DIR", help="folder of all data sets (default: that of the run)"
-    )
-    parser.add_argument(
-        "--tta",
-        metavar="NAME",
-        help="test-time augmentation: none, flip, flip_translate or ten_crop (default: as the run)",
-    )
+    help = "folder of all data sets (default: that of the run)"
+    parser.add_argument("--data.data_dir", metavar="DIR", help=help)
+    help = "test-time augmentation: none, flip, flip_translate or ten_crop (default: as the run)"
+    parser.add_argument("--tta", metavar="NAME", help=help)
     help = "write all numbers to FILE; - prints them"
     parser.add_argument("--json", type=common.path, metavar="FILE", help=help)
     options = parser.parse_args(arguments)

@@ -28,12 +28,8 @@ def main(arguments: Sequence[str]) -> None:
     add_run(parser)
     add_no_ema(parser)
     parser.add_argument("--format", required=True, choices=formats, help="see below")
-    parser.add_argument(
-        "--output",
-        type=common.path,
-        metavar="FOLDER",
-        help="a new folder (default: RUN/export/FORMAT)",
-    )
+    help = "a new folder (default: RUN/export/FORMAT)"
+    parser.add_argument("--output", type=common.path, metavar="FOLDER", help=help)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     options = parser.parse_args(arguments)
     from alexnet_jax.inference import export  # imports JAX, as --help does not

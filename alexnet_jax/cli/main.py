@@ -10,29 +10,14 @@ from alexnet_jax.cli import common
 from alexnet_jax.errors import InputError
 
 COMMANDS = (
-    "train",
-    "prepare",
-    "predict",
-    "evaluate",
-    "export",
-    "report",
-    "sweep",
-    "compare",
-    "import-torchvision",
-    "export-torchvision",
+    *("train", "prepare", "predict", "evaluate", "export", "report", "sweep", "compare"),
+    *("import-torchvision", "export-torchvision"),
 )
 
 
 @common.entry_point
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command.
-
-    Args:
-        arguments: The name of the command and its arguments; None takes those of the process.
-
-    Returns:
-        The exit code.
-    """
+    """Runs a command; without arguments, that of the process. Returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = given[0] if given else "--help"
     if name in ("-h", "--help"):

@@ -12,13 +12,8 @@ if TYPE_CHECKING:
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Adds RUN, --checkpoint and --seed."""
     parser.add_argument("run", metavar="RUN", help="the run folder")
-    parser.add_argument(
-        "--checkpoint",
-        default="newest",
-        type=lambda text: int(text) if text.isdecimal() else text,
-        metavar="WHICH",
-        help="newest (default), best (on the validation images), or a step",
-    )
+    help = "newest (default), best (on the validation images), or a step"
+    parser.add_argument("--checkpoint", default="newest", metavar="WHICH", help=help)
     help = "of a run of several seeds, the one whose network it is (default: the first)"
     parser.add_argument("--seed", type=int, help=help)
 
@@ -40,5 +35,10 @@ def open_network(options: argparse.Namespace) -> "Network":
 
     environment.prepare()
     silence_orbax()
-    ema = not getattr(options, "no_ema", False)
-    return predictor.load(options.run, checkpoint=options.checkpoint, ema=ema, seed=options.seed)
+    which = options.checkpoint
+    return predictor.load(
+        options.run,
+        checkpoint=int(which) if which.isdecimal() else which,
+        ema=not getattr(options, "no_ema", False),
+        seed=options.seed,
+    )

@@ -23,19 +23,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = common.create_parser("alexnet-jax prepare", __doc__, success="the data set is ready")
     parser.add_argument("path", metavar="PATH", help="an archive or a folder")
     parser.add_argument("--name", default="", help="of the data set (default: from PATH)")
-    parser.add_argument(
-        "--data_dir",
-        default="",
-        metavar="DIR",
-        help="folder of all data sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
-    )
-    parser.add_argument(
-        "--test_fraction",
-        type=float,
-        default=0.2,
-        metavar="F",
-        help="share of each class for testing, if PATH has no test folder (default: 0.2)",
-    )
+    help = "folder of all data sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
+    parser.add_argument("--data_dir", default="", metavar="DIR", help=help)
+    help = "share of each class for testing, if PATH has no test folder (default: 0.2)"
+    parser.add_argument("--test_fraction", type=float, default=0.2, metavar="F", help=help)
     parser.add_argument("--overwrite", action="store_true", help="replace a prepared data set")
     options = parser.parse_args(arguments)
     from alexnet_jax.data.prepare import prepare

@@ -22,12 +22,8 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the command."""
     parser = common.create_parser("alexnet-jax report", __doc__, success="the page is written")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=common.path, help="a run folder")
-    parser.add_argument(
-        "--output",
-        type=common.path,
-        metavar="FILE",
-        help="the page (default: RUN/report.html; of several runs, comparison.html)",
-    )
+    help = "the page (default: RUN/report.html; of several runs, comparison.html)"
+    parser.add_argument("--output", type=common.path, metavar="FILE", help=help)
     options = parser.parse_args(arguments)
     output = options.output
     if output and output.suffix not in (".html", ".htm"):

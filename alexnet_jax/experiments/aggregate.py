@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from alexnet_jax.config import CONFIG_FOLDERS, RESUMABLE, default_config, load_config
+from alexnet_jax.config import CONFIGS, RESUMABLE, default_config, load_config
 from alexnet_jax.errors import InputError
 from alexnet_jax.run import directory, files
 
@@ -201,7 +201,7 @@ def _origin(members: Sequence[RunResult], name: str, split: str) -> str:
     )
 
 
-def command(run: RunResult, name: str, configs: Sequence[Path] = CONFIG_FOLDERS) -> str:
+def command(run: RunResult, name: str, configs: Path = CONFIGS) -> str:
     """Returns a command that trains such a run: the nearest config file, and what differs from it.
 
     Where anything differs, it names the folder "runs/NAME"; the one that is named after the config
@@ -209,16 +209,16 @@ def command(run: RunResult, name: str, configs: Sequence[Path] = CONFIG_FOLDERS)
     """
     changed = {
         file: [key for key, value in run.compared.items() if value != options[key]]
-        for file, options in _config_files(tuple(configs)).items()
+        for file, options in _config_files(configs).items()
         if options.keys() - {"seed", "num_seeds"} == run.compared.keys()
     }
     if not changed:
-        return "python -m alexnet_jax.main (with options that no config file here has)"
+        return "alexnet-jax train (with options that no config file here has)"
     nearest = min(changed, key=lambda file: (len(changed[file]), file))
     flags = [_flag(key, run.options[key]) for key in changed[nearest]]
     if flags:
         flags.append(shlex.quote(f"--workdir=runs/{name}"))
-    return " ".join([f"python -m alexnet_jax.main --config=configs/{nearest}", *flags])
+    return " ".join([f"alexnet-jax train --config={nearest}", *flags])
 
 
 def _flag(key: str, value: Any) -> str:
@@ -234,13 +234,13 @@ def _tuples(value: Any) -> Any:
 
 
 @functools.cache  # every row of a table is compared with all of them
-def _config_files(folders: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
+def _config_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Returns the options of each config file, and of each row of one that takes its number."""
     found = {}
-    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+    for path in sorted(folder.glob("*.py")):
         for row in itertools.chain([""], map(":{}".format, range(100))):
             try:
-                found[f"{path.name}{row}"] = directory.fixed_options(load_config(f"{path}{row}"))
+                found[f"{path.stem}{row}"] = directory.fixed_options(load_config(f"{path}{row}"))
             except InputError:  # not a config file, or it takes an argument, or not this one
                 if row:
                     break

@@ -399,7 +399,7 @@ def table(found: Sequence[Row], most: int = 10) -> str:
 def best_command(sweep: Sweep, best: FrozenTrial) -> str:
     """Returns the command that trains the best trial again and evaluates it on the test set."""
     workdir = f"--workdir={sweep.folder}-best"
-    return shlex.join(["python", "-m", "alexnet_jax.main", *sweep.command(best.params), workdir])
+    return shlex.join(["alexnet-jax", "train", *sweep.command(best.params), workdir])
 
 
 def _short(value: Any) -> str:

@@ -22,7 +22,8 @@ from alexnet_jax.run import writers
 
 ROOT = Path(__file__).parents[2]
 NAMES = [f"alexnet_jax.cli.{name.replace('-', '_')}" for name in COMMANDS if name != "train"]
-NAMES += sorted(f"scripts.{path.stem}" for path in (ROOT / "scripts").glob("*.py"))
+SCRIPTS = [path for path in (ROOT / "scripts").glob("*.py") if "entry_point" in path.read_text()]
+NAMES += sorted(f"scripts.{path.stem}" for path in SCRIPTS)
 
 ENDINGS = [
     (InputError("--top=0 is too few."), 2, "error: --top=0 is too few.\n"),
@@ -159,7 +160,7 @@ def test_a_killed_process_has_the_code_of_a_shell():
 def test_of_many_processes_the_first_says_how_training_ended(
     error, code, says, process, monkeypatch, capsys
 ):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     flags = initialize.ProcessFlags("localhost:1234", 2, process)
@@ -219,8 +220,8 @@ RATE = "--range=optimizer.learning_rate=1e-4:1e-2:log"
 @pytest.mark.parametrize(
     ("name", "own", "flag", "who"),
     [
-        ("scripts.ablation", [], "--config=x.py", "the comparison"),
-        ("scripts.ablation", [], "--config.num_seeds=2", "the comparison"),
+        ("scripts.ablation", [], "--config=x.py", "the ablation"),
+        ("scripts.ablation", [], "--config.num_seeds=2", "the ablation"),
         (COMPARE, [DIGITS], "--workdir=x", "the comparison"),
         (
             "alexnet_jax.cli.compare",

@@ -95,7 +95,7 @@ BAD = [
     ([GIVEN, "--workdr=x"], "unknown option --workdr; did you mean --workdir?"),
     ([GIVEN, "--workdir"], "Missing value for flag --workdir"),
     ([GIVEN, "--workdir="], "--workdir is empty"),
-    ([GIVEN, "--coordinator=a:1"], "--coordinator is given without --num_processes and --process_"),
+    ([GIVEN, "--coordinator=a:1"], "go together, and there is only --coordinator; give all three"),
     ([GIVEN, "--num_processes=many"], "flag --num_processes=many: invalid literal for int()"),
     ([GIVEN, "--process_ids=1"], "unknown option --process_ids; did you mean --process_id?"),
     (["--config=nowhere.py", "--help"], "--config=nowhere.py is not a file"),

@@ -137,7 +137,7 @@ def test_the_command_names_the_nearest_config_and_what_differs(tmp_path):
     config.data.workers = 7  # free to change, and so not named
     run = read_run(make_run(tmp_path / "run", (0.9,), config=config, seed=4))
     assert command(run, "three") == (
-        "python -m alexnet_jax.main --config=configs/cifar10_classic.py --noconfig.augment.flip "
+        "alexnet-jax train --config=cifar10_classic --noconfig.augment.flip "
         '--config.model.features="(8,8,8,8,8)" --config.train.epochs=3 '
         "--workdir=runs/three"
     )
@@ -145,11 +145,10 @@ def test_the_command_names_the_nearest_config_and_what_differs(tmp_path):
     config.train.epochs = 5
     run = read_run(make_run(tmp_path / "row", (0.9,), config=config))
     assert command(run, "03-small") == (
-        "python -m alexnet_jax.main --config=configs/ablation.py:3 --config.train.epochs=5 "
-        "--workdir=runs/03-small"
+        "alexnet-jax train --config=ablation:3 --config.train.epochs=5 --workdir=runs/03-small"
     )
     (tmp_path / "common.py").write_text("SHARED = 1")  # beside configs, and none itself
-    assert "with options that no config file here has" in command(run, "three", [tmp_path])
+    assert "with options that no config file here has" in command(run, "three", tmp_path)
 
 
 def test_a_seed_that_comes_twice_is_refused(tmp_path):

@@ -134,7 +134,7 @@ def test_trials_are_trained_side_by_side_and_only_the_best_keeps_its_checkpoints
         f"--workdir={folder / 'trial-0000'}",
     ]
     again = sweep.best_command(searching(folder, flags=("--config.x=1",)), sweep.best_trial(study))
-    assert again.startswith("python -m alexnet_jax.main --config=configs/digits.py --config.x=1")
+    assert again.startswith("alexnet-jax train --config=configs/digits.py --config.x=1")
     assert "measure" not in again
 
 
