@@ -1,20 +1,20 @@
-"""Options: fields of frozen dataclasses that declare a default, a range and one line of help.
+"""Options: fields of frozen dataclasses, each with a default, a range and one line of help.
 
     @dataclass(frozen=True)
     class TrainConfig(Section):
         section = "train"
         epochs: int = option(20, "Passes over the training images.", at_least=1)
 
-The type of the field is the type of the option, a `Literal` its choices. An instance is valid: a
-value of another type or out of range raises an InputError. The fields of a network's linen class
-are options, too (`check_options`).
+The annotation of the field is the type of the option, a `Literal` its choices. An instance is
+always valid: it raises an InputError for a value of another type or out of range. The options of a
+network are fields of its linen class.
 """
 
 import dataclasses
 import difflib
 import struct
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, TypeVar
 
 from alexnet_jax.errors import InputError, show
@@ -29,9 +29,19 @@ _LARGEST_INT = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """The declaration of an option; see `option` for the attributes not listed here.
+    """The declaration of an option. The range is that of each item where it is a tuple.
 
     Attributes:
+        default: Its default value.
+        help: What it means, in one sentence.
+        at_least: Smallest value.
+        at_most: Largest value.
+        above: Bound that is itself too small.
+        below: Bound that is itself too large.
+        check: A test for what bounds cannot say, and the values that pass it, in words that
+            follow "it must be".
+        resumable: Whether a run may resume with another value: it changes how fast the run is or
+            where its data is, never what is computed.
         type: The annotation of its field.
     """
 
@@ -47,7 +57,7 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """The values, or the items of a tuple, that it may have: "at least 0", "" for any."""
+        """The values that it, or each of its items, may have: "at least 0"; "" for any."""
         item = typing.get_args(self.type)[0] if _origin(self.type) is tuple else self.type
         bounds = {
             "at least": self.at_least,
@@ -71,22 +81,24 @@ class Option:
         return f"{self.help} ({allowed})" if allowed else self.help
 
     def validate(self, key: str, value: Any) -> None:
-        """Raises InputError for a value of another type or out of range; an int may be a float."""
+        """Rejects a value of another type or out of range; an int may stand for a float.
+
+        Raises:
+            InputError: Names the option by its `key`, its value, and what would be right.
+        """
         _check_type(key, value, self.type, self.default)
-        items = value if isinstance(value, tuple) else (value,)
         which = "each of its items" if isinstance(value, tuple) else "it"
-        for item in items:
+        for item in value if isinstance(value, tuple) else (value,):
+            rounded = _to_float32(item) if type(item) is float else item
+            note, right = "", ""
             if not self._in_range(item):
-                raise InputError(f"config.{key} is {show(value)}; {which} must be {self.allowed}.")
-            if type(item) is int and self.at_most is self.below is None and item > _LARGEST_INT:
-                raise InputError(
-                    f"config.{key} is {show(value)}; {which} must be at most {_LARGEST_INT}."
-                )
-            if type(item) is float and not self._in_range(_to_float32(item)):
-                raise InputError(
-                    f"config.{key} is {show(value)}, in float32 {_to_float32(item)!r}; {which} "
-                    f"must be {self.allowed} in float32, too."
-                )
+                right = self.allowed
+            elif type(item) is int and self.at_most is self.below is None and item > _LARGEST_INT:
+                right = f"at most {_LARGEST_INT}"
+            elif not self._in_range(rounded):
+                note, right = f", in float32 {rounded!r}", f"{self.allowed} in float32, too"
+            if right:
+                raise InputError(f"config.{key} is {show(value)}{note}; {which} must be {right}.")
 
     def _in_range(self, item: Any) -> bool:
         return (
@@ -98,32 +110,9 @@ class Option:
         )
 
 
-def option(
-    default: T,
-    help: str,
-    *,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    check: tuple[Callable[[Any], bool], str] | None = None,
-    resumable: bool = False,
-) -> T:
-    """Declares an option, as the default of a field of a dataclass.
-
-    The range is that of each item where the option is a tuple.
-
-    Args:
-        default: Its default value.
-        help: What it means, in one sentence.
-        at_least: Smallest value.
-        at_most: Largest value.
-        above: Bound that is itself too small.
-        below: Bound that is itself too large.
-        check: A test for what bounds cannot say, and the values that pass it: "it must be ...".
-        resumable: Whether a run may resume with another value: it never changes what is computed.
-    """
-    declared = Option(default, help, at_least, at_most, above, below, check, resumable)
+def option(default: T, help: str, **declaration: Any) -> T:
+    """Declares an option as a field of a dataclass: the arguments are those of `Option`."""
+    declared = Option(default, help, **declaration)
     return dataclasses.field(default=default, metadata={"option": declared})
 
 
@@ -145,7 +134,11 @@ def options_of(cls: type) -> dict[str, Option]:
 
 
 def check_options(instance: Any, section: str) -> None:
-    """Raises InputError for the first field of a dataclass that is of another type or range."""
+    """Rejects an instance of a dataclass whose options are of another type or out of range.
+
+    Raises:
+        InputError: Names the first option found wrong, its value, and what would be right.
+    """
     for name, declared in options_of(instance.__class__).items():
         declared.validate(f"{section}.{name}".lstrip("."), getattr(instance, name))
 
@@ -164,7 +157,7 @@ class Section:
         self.check()
 
     def check(self) -> None:
-        """Raises InputError for values that are valid alone and not together."""
+        """Raises an InputError for values that are valid alone and not together."""
 
 
 # Other names of options, which are unlike ours.
@@ -172,7 +165,12 @@ _ALIASES = {"beta1": "b1", "beta2": "b2", "gamma": "step_factor", "precision": "
 
 
 def unknown_option(key: str, known: Iterable[str]) -> str:
-    """Returns the message for an unknown option, with the known ones that were perhaps meant."""
+    """Returns the message for an unknown option, with the known ones that were perhaps meant.
+
+    Args:
+        key: "section.name" of the unknown option.
+        known: Those of the known ones.
+    """
     shown = key if len(key) <= 80 else show(key)[1:-1]
     section, _, name = key.rpartition(".")
     likeness = {other: _likeness(name, other.rpartition(".")[2]) for other in known}
@@ -209,37 +207,27 @@ def _origin(kind: Any) -> Any:
 
 
 def _check_type(key: str, value: Any, kind: Any, example: Any) -> None:
-    wanted = _origin(kind)
-    choices = typing.get_args(kind) if wanted is Literal else ()
-    if choices:
-        wanted = type(choices[0])
+    wanted, kinds = _origin(kind), typing.get_args(kind)
+    if wanted is Literal:
+        wanted = type(kinds[0])
     if type(value) is not wanted and not (wanted is float and type(value) is int):
+        like = "" if example is None else f" such as {example!r}"
         raise InputError(
-            f"config.{key} is {show(value)}, {_a(type(value))}; it must be {_a(wanted)}"
-            f"{'' if example is None else f' such as {example!r}'}."
+            f"config.{key} is {show(value)}, {_a(type(value))}; it must be {_a(wanted)}{like}."
         )
-    if choices and value not in choices:
-        raise InputError(
-            f"config.{key} is {show(value)}; it must be one of {', '.join(map(str, choices))}."
-        )
+    right = ""
     if wanted is float and not abs(value) <= _LARGEST_FLOAT:
-        raise InputError(
-            f"config.{key} is {show(value)}; it must be a finite number of at most "
-            f"{_LARGEST_FLOAT:.1e}."
-        )
+        right = f"be a finite number of at most {_LARGEST_FLOAT:.1e}"
+    elif _origin(kind) is Literal and value not in kinds:
+        right = f"be one of {', '.join(map(str, kinds))}"
+    elif wanted is tuple and kinds[-1] is not ... and len(kinds) != len(value):
+        right = f"have {len(kinds)} items"
+    if right:
+        raise InputError(f"config.{key} is {show(value)}; it must {right}.")
     if wanted is tuple:
-        for i, (item, item_kind) in enumerate(_items(key, value, kind)):
+        for i, item in enumerate(value):
+            item_kind = kinds[0] if kinds[-1] is ... else kinds[i]
             _check_type(f"{key}[{i}]", item, item_kind, example[0] if example else None)
-
-
-def _items(key: str, value: tuple[Any, ...], kind: Any) -> Iterator[tuple[Any, Any]]:
-    """Yields each item of a tuple with its type: tuple[X, ...] or tuple[X, Y]."""
-    kinds = typing.get_args(kind)
-    if kinds[-1] is ...:
-        kinds = kinds[:1] * len(value)
-    if len(kinds) != len(value):
-        raise InputError(f"config.{key} is {show(value)}; it must have {len(kinds)} items.")
-    yield from zip(value, kinds, strict=True)
 
 
 def _to_float32(value: float) -> float:
