@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from alexnet_jax.config import default_config  # noqa: E402
 from alexnet_jax.errors import InputError  # noqa: E402
 from alexnet_jax.experiments import aggregate  # noqa: E402
-from alexnet_jax.run import directory  # noqa: E402  (the path comes first)
+from alexnet_jax.run import files  # noqa: E402  (the path comes first)
 
 IMAGES_A_CLASS = 50
 # The learning rates are usual ones of their kind; none was chosen on these images.
@@ -112,7 +112,7 @@ def run() -> None:
             )
         groups.append([aggregate.read_run(folder) for folder in folders])
     table = aggregate.table(groups, list(WAYS))
-    directory.write_whole(workdir / "table.md", f"{table}\n".encode())
+    files.write_text(workdir / "table.md", f"{table}\n")
     print(table)
 
 

@@ -8,7 +8,7 @@ from alexnet_jax.checkpoint import manager
 from alexnet_jax.config import default_config, flatten
 from alexnet_jax.data.source import load_source
 from alexnet_jax.models import create_model
-from alexnet_jax.run import directory
+from alexnet_jax.run import files
 from alexnet_jax.state import TrainState
 
 SIZE = 8
@@ -38,7 +38,7 @@ def make_run(folder, data_dir):
     config = tiny_config(data_dir)
     train, test = (load_source(config.data, split) for split in ("train", "test"))
     folder.mkdir()
-    directory.write_json(folder / "config.json", dict(flatten(config)))
+    files.write_json(folder / "config.json", dict(flatten(config)))
     info = {
         "name": "digits",
         "class_names": list(train.class_names),
@@ -48,7 +48,7 @@ def make_run(folder, data_dir):
         "checksums": {"train": train.checksum(), "test": test.checksum()},
         "images": {"train": 1295, "validation": 142, "test": 360},
     }
-    directory.write_json(folder / "dataset.json", info)
+    files.write_json(folder / "dataset.json", info)
     module = create_model(config.model, 10)
     shapes = jax.eval_shape(
         lambda: module.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)), train=False)

@@ -13,7 +13,7 @@ from alexnet_jax.checkpoint import checksums
 from alexnet_jax.checkpoint.reader import read_network
 from alexnet_jax.config import Config, flatten
 from alexnet_jax.errors import InputError
-from alexnet_jax.run import directory
+from alexnet_jax.run import directory, files
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def read_initial_weights(config: Config, folder: Path) -> InitialWeights:
     """
     if not config.init.from_run:
         return InitialWeights()
-    before = directory.read_json(folder / directory.DATASET) or {}
+    before = files.read_json(folder / directory.DATASET) or {}
     if "start" in before and (folder / directory.SAVED).exists():
         return InitialWeights(info={key: before[key] for key in ("mean", "deviation", "start")})
     run, which = config.init.from_run, config.init.checkpoint

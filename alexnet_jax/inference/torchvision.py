@@ -24,7 +24,8 @@ from alexnet_jax.config import ModelConfig, default_config, validate
 from alexnet_jax.errors import InputError, show
 from alexnet_jax.optim.optimizers import create_optimizer
 from alexnet_jax.optim.schedules import create_schedule
-from alexnet_jax.run import directory, files
+from alexnet_jax.run import files
+from alexnet_jax.run.directory import RunDirectory
 from alexnet_jax.state import TrainState
 
 Arrays = Mapping[str, np.ndarray]  # by their names in torchvision, such as "features.0.weight"
@@ -218,9 +219,9 @@ def import_run(
         ema={},
         key=jax.random.key(config.seed),
     )
-    with directory.open_run_folder(workdir, config) as folder:
-        directory.check_dataset(folder, info)
-        with closing(Checkpoints(folder / directory.CHECKPOINTS)) as checkpoints:
+    with RunDirectory.open(workdir, config) as run:
+        run.check_dataset(info)
+        with closing(Checkpoints(run.checkpoints)) as checkpoints:
             checkpoints.save(state, {"train_seconds": 0.0})
             checkpoints.finish()
     return found

@@ -5,6 +5,7 @@ Imports nothing of the package but its errors, so that every room may use it.
 
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -124,23 +125,11 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def format_json(value: Any, indent: str = "") -> str:
-    """Formats JSON with one line per item, and one line per list of numbers.
+def format_json(value: Any) -> str:
+    """Formats JSON for people: indented, but with each list of numbers on one line.
 
     A confusion matrix has a hundred such lists, or more.
-
-    Args:
-        value: As `json.dumps` takes it; all keys are strings.
-        indent: Prefix of all lines but the first.
     """
-    deeper = indent + "  "
-    if isinstance(value, dict) and value:
-        brackets = "{}"
-        items = [f"{json.dumps(key)}: {format_json(item, deeper)}" for key, item in value.items()]
-    elif isinstance(value, list | tuple) and not all(isinstance(x, int | float) for x in value):
-        brackets = "[]"
-        items = [format_json(item, deeper) for item in value]
-    else:
-        return json.dumps(value)
-    lines = ",".join(f"\n{deeper}{item}" for item in items)
-    return f"{brackets[0]}{lines}\n{indent}{brackets[1]}"
+    text = json.dumps(value, indent=2)
+    # No string holds a line break, so what follows one is never inside a string.
+    return re.sub(r'\[\n([^][{}"]*)\]', lambda found: f"[{' '.join(found[1].split())}]", text)

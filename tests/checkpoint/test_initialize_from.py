@@ -19,7 +19,7 @@ from alexnet_jax.distributed import sharding
 from alexnet_jax.errors import InputError, Interrupted
 from alexnet_jax.inference import predictor
 from alexnet_jax.models import create_model
-from alexnet_jax.run import directory, writers
+from alexnet_jax.run import directory, files, writers
 from alexnet_jax.state import create_state
 from configs import finetune
 
@@ -69,10 +69,10 @@ def make_source(folder, seed=0, **options):
     model = create_model(config.model, num_classes=4)
     state = jax.eval_shape(lambda: create_state(model, optax.sgd(0.1), (SIDE, SIDE, 3), 0))
     variables = drawn(state.variables, seed)
-    with directory.open_run_folder(folder, config):
+    with directory.RunDirectory.open(folder, config):
         info = {"name": "x", "class_names": list("abcd"), "image_shape": [SIDE, SIDE, 3]}
         info |= {"mean": MEAN, "deviation": DEVIATION, "checksums": {}, "images": {}}
-        directory.write_json(folder / directory.DATASET, info)
+        files.write_json(folder / directory.DATASET, info)
         with closing(Checkpoints(folder / directory.CHECKPOINTS)) as checkpoints:
             params = variables.pop("params")
             state = state.replace(
@@ -145,7 +145,7 @@ def test_another_source_is_noticed_until_the_run_has_saved(source, tmp_path):
     config = tiny()
     config.init.from_run = str(source)
     start = read_initial_weights(config, run)
-    directory.write_json(run / directory.DATASET, start.info)
+    files.write_json(run / directory.DATASET, start.info)
     shutil.rmtree(source)
     make_source(source, seed=1)
     other = read_initial_weights(config, run)  # nothing is trained yet
@@ -179,10 +179,8 @@ def test_images_are_normalised_as_the_network_knows_them(source, tmp_path, caplo
         "config.data.normalization is standardize there and subtract_mean here; images are "
         "normalized as there."
     ]
-    options = directory.read_json(source / directory.CONFIG)
-    directory.write_json(
-        source / directory.CONFIG, options | {"data.normalization": "subtract_mean"}
-    )
+    options = files.read_json(source / directory.CONFIG)
+    files.write_json(source / directory.CONFIG, options | {"data.normalization": "subtract_mean"})
     assert finetune.get_config(str(source)).data.normalization == "subtract_mean"
 
 

@@ -261,7 +261,7 @@ def test_another_sweep_in_its_folder_is_refused(folder, tmp_path):
         search(folder, 1, flags=("--config.train.epochs=2",))
     with (
         sweep.opened(searching(folder)),
-        pytest.raises(InputError, match="a sweep is going on in"),
+        pytest.raises(InputError, match="a sweep is in progress in"),
         sweep.opened(searching(folder)),
     ):
         pass

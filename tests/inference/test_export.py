@@ -17,7 +17,7 @@ from alexnet_jax.cli import export as script
 from alexnet_jax.errors import InputError
 from alexnet_jax.inference import export
 from alexnet_jax.inference.model_card import model_card
-from alexnet_jax.run import directory
+from alexnet_jax.run import files
 
 pytestmark = [
     # Orbax and TensorStore leave their event loops to the garbage collector.
@@ -243,7 +243,7 @@ def test_the_card_says_what_is_known_of_these_very_weights(run, network):
         )
     }
     results = {"step": 30, "versions": {"jax": "0.0.1"}} | parts
-    directory.write_json(run / "results.json", results)
+    files.write_json(run / "results.json", results)
     try:
         text = card(network)
         assert "test: 72.00% of 360 images" in text
@@ -256,7 +256,7 @@ def test_the_card_says_what_is_known_of_these_very_weights(run, network):
         assert "have not been evaluated on the test images" in older
         for part in parts.values():
             part |= {"accuracy_each": [0.9, 0.7], "loss_each": [0.1, 0.3], "confusion": [[720]]}
-        directory.write_json(run / "results.json", results)
+        files.write_json(run / "results.json", results)
         config = dataclasses.replace(network.config, num_seeds=2)
         second = card(dataclasses.replace(network, config=config, replica=1))
         assert "test: 70.00% of 360 images, cross-entropy 0.3000 nats" in second

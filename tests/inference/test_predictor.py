@@ -133,7 +133,7 @@ def test_what_cannot_be_used_is_said_in_a_sentence(run, tmp_path):
         alexnet_jax.load(copy, checkpoint="worst")
     with pytest.raises(InputError, match="does not exist"):
         alexnet_jax.load(tmp_path / "nothing")
-    with pytest.raises(InputError, match="is no run folder"):
+    with pytest.raises(InputError, match="is not a run folder"):
         alexnet_jax.load(tmp_path)
 
     config = json.loads((copy / "config.json").read_text())

@@ -13,21 +13,12 @@ from pathlib import Path
 from socket import gethostname
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from alexnet_jax import train
 from alexnet_jax.config import RESUMABLE, default_config, flatten
-from alexnet_jax.errors import InputError, SaveFailed
-from alexnet_jax.run.directory import (
-    RunDirectory,
-    check_dataset,
-    format_json,
-    in_use,
-    open_run_folder,
-    read_json,
-    write_json,
-)
+from alexnet_jax.errors import InputError
+from alexnet_jax.run.directory import RunDirectory, in_use
+from alexnet_jax.run.files import read_json, write_json
 
 
 def config(**changes):
@@ -37,8 +28,12 @@ def config(**changes):
 
 
 def open_once(workdir, config):
-    with open_run_folder(workdir, config) as folder:
-        return folder
+    with RunDirectory.open(workdir, config) as run:
+        return run.path
+
+
+def check_dataset(folder, info):
+    RunDirectory(folder).check_dataset(info)
 
 
 def refusal(workdir, config):
@@ -52,7 +47,7 @@ def test_makes_a_new_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = open_once(Path("runs/new"), config())
     assert folder == tmp_path / "runs/new"
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.json", "log.txt"]
     saved = json.loads((folder / "config.json").read_text())
     assert saved.keys() == dict(flatten(config())).keys()
     assert saved["optimizer.learning_rate"] == 1e-3
@@ -117,7 +112,7 @@ def test_another_network_is_another_config(tmp_path, name):
     message = refusal(tmp_path, config())
     assert f"model.name was '{name}' and is 'alexnet'" in message
     assert "model.width was 64 and is 'absent'" in message
-    assert "Give the old values to go on" in message
+    assert "Give the old values to resume" in message
 
 
 def test_an_option_that_is_gone_is_refused(tmp_path):
@@ -156,7 +151,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     message = refusal(tmp_path / "run", config())
     assert message.endswith("cannot be written (Permission denied); name a folder that can.")
 
@@ -188,65 +183,6 @@ def test_a_damaged_config_is_refused(tmp_path, text):
     assert (tmp_path / "config.json").read_text(encoding="latin-1") == text
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    write_json(path, {"accuracy": 0.5})
-
-    def die(descriptor):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", die)
-    with pytest.raises(KeyboardInterrupt):
-        write_json(path, {"accuracy": 0.9})
-    assert read_json(path) == {"accuracy": 0.5}
-    monkeypatch.undo()
-    write_json(path, {"accuracy": 0.9})  # what was left behind is in nobody's way
-    assert read_json(path) == {"accuracy": 0.9}
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
-
-
-def test_a_row_of_a_confusion_matrix_is_a_line(tmp_path):
-    write_json(tmp_path / "results.json", {"test": {"confusion": [[5, 0], [1, 4]]}, "seeds": [3]})
-    assert (tmp_path / "results.json").read_text().splitlines() == [
-        "{",
-        '  "test": {',
-        '    "confusion": [',
-        "      [5, 0],",
-        "      [1, 4]",
-        "    ]",
-        "  },",
-        '  "seeds": [3]',
-        "}",
-    ]
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-)
-
-
-@given(JSON)
-def test_what_is_laid_out_is_the_same_json(value):
-    text = format_json(value)
-    assert json.loads(text) == value
-    if "[" not in text:  # what has no list is laid out as ever
-        assert text == json.dumps(value, indent=2)
-
-
-def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    path = tmp_path / "results.json"
-    write_json(path, {"accuracy": 0.5})
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SaveFailed, match=r"results.json could not be written \(No space left on"):
-        write_json(path, {"accuracy": 0.9})
-    assert read_json(path) == {"accuracy": 0.5}
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_weights_without_a_record_of_training_are_something_to_lose(tmp_path):
     open_once(tmp_path, config())  # as an import leaves a folder
     write_json(tmp_path / "saved.json", {"step": 0})
@@ -266,17 +202,18 @@ def test_what_a_kill_left_goes_away(tmp_path):
         os.utime(path, (0, 0))
     (tmp_path / ".report.html.8.tmp").touch()  # which another program is writing now
     open_once(tmp_path, config())
-    left = [".lock", ".report.html.8.tmp", "config.json"]
+    left = [".lock", ".report.html.8.tmp", "config.json", "log.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     assert not in_use(tmp_path)
-    with open_run_folder(tmp_path, config()):
+    with RunDirectory.open(tmp_path, config()):
         assert in_use(tmp_path)
         message = refusal(tmp_path, config(seed=1))
     assert not in_use(tmp_path)
-    assert f"a run is going on in {tmp_path} (process {os.getpid()} on {gethostname()})" in message
+    holder = f"process {os.getpid()} on {gethostname()}"
+    assert f"a run is in progress in {tmp_path} ({holder})" in message
     assert read_json(tmp_path / "config.json")["seed"] == 0
     open_once(tmp_path, config(seed=1))
 
@@ -286,8 +223,8 @@ def test_the_lock_ends_with_a_killed_holder_though_its_children_live(tmp_path):
         import subprocess, sys, time
         from pathlib import Path
         from alexnet_jax.config import default_config
-        from alexnet_jax.run.directory import open_run_folder
-        with open_run_folder(Path(sys.argv[1]), default_config()):
+        from alexnet_jax.run.directory import RunDirectory
+        with RunDirectory.open(Path(sys.argv[1]), default_config()):
             child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL)
             print(child.pid, flush=True)
             time.sleep(60)
@@ -337,14 +274,9 @@ def test_a_run_of_an_earlier_version_gets_its_checksums_now(tmp_path):
     assert read_json(tmp_path / "dataset.json") == DATA
 
 
-def test_no_file_is_none(tmp_path):
-    assert read_json(tmp_path / "results.json") is None
-
-
 def test_an_open_run_logs_and_writes(tmp_path):
     with RunDirectory.open(tmp_path / "run", config()) as run:
-        assert (run.path, run.writable) == (tmp_path / "run", tmp_path / "run")
-        assert run.results is None
+        assert (run.path, run.results) == (tmp_path / "run", None)
         logging.getLogger("alexnet_jax.somewhere").warning("a message")
         run.write(lambda folder, text: (folder / "model.txt").write_text(text), "a model")
         run.check_dataset(DATA)

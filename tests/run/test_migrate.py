@@ -47,7 +47,7 @@ def test_an_old_config_is_read_with_present_names(folder):
 
 def test_an_old_run_resumes(folder):
     config = directory.read_config(folder)
-    with directory.open_run_folder(folder, config):
+    with directory.RunDirectory.open(folder, config):
         pass
     migrated = json.loads((folder / directory.CONFIG).read_text())
     assert migrated == migrate(json.loads(OLD.read_text()))
@@ -55,7 +55,7 @@ def test_an_old_run_resumes(folder):
     config = dataclasses.replace(config, optimizer=optimizer)
     with (
         pytest.raises(InputError, match="plateau_patience was 4 and is 5"),
-        directory.open_run_folder(folder, config),
+        directory.RunDirectory.open(folder, config),
     ):
         pass
 
