@@ -19,39 +19,32 @@ from ml_collections import ConfigDict
 from alexnet_jax.data.options import AugmentConfig, DataConfig, input_size
 from alexnet_jax.errors import InputError, show
 from alexnet_jax.optim.options import OptimizerConfig
-from alexnet_jax.options import Option, Section, option, options_of, unknown_option
+from alexnet_jax.options import Option, Section, fraction, option, options_of, unknown_option
+
+_CHECKPOINT = '"newest", "best" or the number of a step'
 
 
 @dataclass(frozen=True)
-class ModelConfig(Section):
+class ModelConfig(Section, section="model"):
     """The network.
 
     Attributes:
         fields: Fields of its linen class; those left out have their defaults.
     """
 
-    section = "model"
-
     name: str = option("alexnet", "Network, by its name in `alexnet_jax.models.MODELS`.")
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class InitConfig(Section):
+class InitConfig(Section, section="init"):
     """Initial parameters from another run."""
 
-    section = "init"
-
-    from_run: str = option(
-        "", 'Run folder whose parameters to initialize from; "" initializes at random.'
-    )
+    from_run: str = option("", 'Run folder to initialize parameters from; "" is at random.')
     checkpoint: str = option(
         "newest",
-        'Its checkpoint: "newest", "best" or the number of a step.',
-        check=(
-            lambda name: name in ("newest", "best") or (name.isdecimal() and len(name) < 12),
-            '"newest", "best" or the number of a step',
-        ),
+        f"Its checkpoint: {_CHECKPOINT}.",
+        check=(lambda x: x in ("newest", "best") or (x.isdecimal() and len(x) < 12), _CHECKPOINT),
     )
     reinitialize: tuple[str, ...] = option(
         ("logits/*",), "Patterns of parameters that are initialized at random nevertheless."
@@ -59,22 +52,14 @@ class InitConfig(Section):
 
 
 @dataclass(frozen=True)
-class TrainConfig(Section):
+class TrainConfig(Section, section="train"):
     """Training."""
-
-    section = "train"
 
     batch_size: int = option(128, "Images per step, over all devices.", at_least=1)
     epochs: int = option(20, "Passes over the training images.", at_least=1)
-    label_smoothing: float = option(
-        0.0, "Probability that is spread over all classes.", at_least=0, below=1
-    )
-    ema_decay: float = option(
-        0.0,
-        "Decay of an exponential moving average of the parameters, which is then evaluated; 0 is "
-        "off.",
-        at_least=0,
-        below=1,
+    label_smoothing: float = fraction(0.0, "Probability that is spread over all classes.")
+    ema_decay: float = fraction(
+        0.0, "Decay of a moving average of the parameters, which is evaluated then; 0 is off."
     )
     steps_per_dispatch: int = option(
         0, "Steps in one call of the compiled program; 0 chooses.", at_least=0
@@ -82,54 +67,38 @@ class TrainConfig(Section):
 
 
 @dataclass(frozen=True)
-class EvalConfig(Section):
+class EvalConfig(Section, section="eval"):
     """Evaluation."""
 
-    section = "eval"
-
-    # The default: of CIFAR-10's default network, this many images fit into the memory that a
-    # training step leaves.
+    # Of CIFAR-10's default network, 250 fit into the memory that a training step leaves.
     batch_size: int = option(
-        250,
-        "Images per evaluation step, rounded up to a multiple of the number of devices.",
-        at_least=1,
+        250, "Images per step, rounded up to a multiple of the devices.", at_least=1
     )
-    test: bool = option(
-        True, "Evaluate on the test set at the end; False for runs that choose options."
-    )
+    test: bool = option(True, "Evaluate on the test set at the end; False for a search.")
     tta: Literal["none", "flip", "flip_translate", "ten_crop"] = option(
         "none", "Test-time augmentation, reported beside the plain accuracy."
     )
 
 
 @dataclass(frozen=True)
-class CheckpointConfig(Section):
-    """Checkpoints."""
-
-    section = "checkpoint"
+class CheckpointConfig(Section, section="checkpoint"):
+    """Checkpoints, saved after each epoch."""
 
     every_seconds: float = option(
-        300.0,
-        "Seconds between checkpoints within an epoch; 0 saves only after each epoch.",
-        at_least=0,
-        resumable=True,
+        300.0, "Seconds between more of them; 0 is off.", at_least=0, resumable=True
     )
 
 
 @dataclass(frozen=True)
-class WritersConfig(Section):
+class WritersConfig(Section, section="writers"):
     """Metric writers."""
-
-    section = "writers"
 
     tensorboard: bool = option(True, "Write TensorBoard event files.", resumable=True)
 
 
 @dataclass(frozen=True)
-class Config(Section):
+class Config(Section, section=""):
     """All options of a run."""
-
-    section = ""
 
     seed: int = option(0, "Seed of all random numbers.", at_least=0, at_most=2**32 - 1)
     num_seeds: int = option(
@@ -189,28 +158,24 @@ class Config(Section):
             )
 
 
-def sections() -> dict[str, type[Section]]:
-    """Returns the class of each section, by name; "" has the options outside of sections."""
-    fields = {field.name: field.type for field in dataclasses.fields(Config)}
-    return {"": Config} | {
-        name: kind
-        for name, kind in fields.items()
-        if isinstance(kind, type) and issubclass(kind, Section)
-    }
+# The class of each section; "" has the options outside of sections.
+SECTIONS: dict[str, type[Section]] = {"": Config} | {
+    field.name: field.type
+    for field in dataclasses.fields(Config)
+    if isinstance(field.type, type) and issubclass(field.type, Section)
+}
 
 
 def declared_options(model: str | None = None) -> dict[str, Option]:
     """Returns the declaration of each option by its key, "section.name".
 
     Args:
-        model: Name of the network whose options are among them; None leaves these out.
-
-    Raises:
-        InputError: No network has this name.
+        model: Name of the network, whose options are left out if it is None. An unknown one raises
+            an InputError.
     """
     found = {
         f"{section}.{name}".lstrip("."): declared
-        for section, cls in sections().items()
+        for section, cls in SECTIONS.items()
         for name, declared in options_of(cls).items()
     }
     if model is not None:
@@ -230,13 +195,9 @@ RESUMABLE = frozenset(key for key, declared in declared_options().items() if dec
 
 
 def default_config(model: str = "alexnet") -> ConfigDict:
-    """Returns all options with their default values.
+    """Returns all options with their default values, for the network of that name.
 
-    Args:
-        model: Name of the network, a key of `alexnet_jax.models.MODELS`.
-
-    Returns:
-        A locked ConfigDict: assigning a key that is not declared raises.
+    It is locked: assigning a key that is not declared raises.
     """
     values: dict[str, Any] = {}
     for key, declared in declared_options(model).items():
@@ -249,11 +210,10 @@ def flatten(config: ConfigDict | Section) -> Iterator[tuple[str, Any]]:
     """Yields each option as ("section.name", value)."""
     items = config.items() if isinstance(config, ConfigDict) else vars(config).items()
     for key, value in items:
-        if isinstance(value, ModelConfig):
-            yield "model.name", value.name
-            yield from ((f"model.{name}", given) for name, given in value.fields.items())
-        elif isinstance(value, ConfigDict | Section):
-            yield from ((f"{key}.{name}", given) for name, given in flatten(value))
+        if isinstance(value, ConfigDict | Section):
+            yield from ((f"{key}.{name}", option) for name, option in flatten(value))
+        elif isinstance(value, Mapping):  # the fields of a network
+            yield from value.items()
         else:
             yield key, value
 
@@ -285,20 +245,19 @@ def validate_options(given: Mapping[str, Any]) -> Config:
     for key in given:
         if key not in known:
             raise InputError(unknown_option(key, known))
-    values: dict[str, Any] = {section: {} for section in sections()}
+    values: dict[str, Any] = {section: {} for section in SECTIONS}
     for key, declared in known.items():
         if key not in given:
             raise InputError(f"config.{key} is missing; its default is {declared.default!r}.")
-        declared.validate(key, given[key])
         section, _, name = key.rpartition(".")
         values[section][name] = given[key]
     del values["model"]["name"]
-    model = ModelConfig(network, values.pop("model"))
-    top = values.pop("") | {name: sections()[name](**fields) for name, fields in values.items()}
-    checked = Config(model=model, **top)
-    variables = check_model(checked.model, input_size(checked.data))
-    check_patterns(checked.optimizer, variables["params"])
-    return checked
+    values["model"] = {"name": network, "fields": values["model"]}
+    made = values.pop("") | {name: SECTIONS[name](**fields) for name, fields in values.items()}
+    config = Config(**made)
+    variables = check_model(config.model, input_size(config.data))
+    check_patterns(config.optimizer, variables["params"])
+    return config
 
 
 def find_config(name: str) -> str:

@@ -1,8 +1,7 @@
 """Options: fields of frozen dataclasses, each with a default, a range and one line of help.
 
     @dataclass(frozen=True)
-    class TrainConfig(Section):
-        section = "train"
+    class TrainConfig(Section, section="train"):
         epochs: int = option(20, "Passes over the training images.", at_least=1)
 
 The annotation of the field is the type of the option, a `Literal` its choices. An instance is
@@ -12,6 +11,7 @@ network are fields of its linen class.
 
 import dataclasses
 import difflib
+import operator
 import struct
 import typing
 from collections.abc import Callable, Iterable
@@ -59,13 +59,7 @@ class Option:
     def allowed(self) -> str:
         """The values that it, or each of its items, may have: "at least 0"; "" for any."""
         item = typing.get_args(self.type)[0] if _origin(self.type) is tuple else self.type
-        bounds = {
-            "at least": self.at_least,
-            "greater than": self.above,
-            "at most": self.at_most,
-            "less than": self.below,
-        }
-        parts = [f"{word} {bound}" for word, bound in bounds.items() if bound is not None]
+        parts = [f"{word} {bound}" for word, bound, _ in self._bounds]
         if self.at_least is not None and self.at_most is not None:
             parts = [f"between {self.at_least} and {self.at_most}"]
         if _origin(item) is Literal:
@@ -101,19 +95,29 @@ class Option:
                 raise InputError(f"config.{key} is {show(value)}{note}; {which} must be {right}.")
 
     def _in_range(self, item: Any) -> bool:
-        return (
-            (self.at_least is None or item >= self.at_least)
-            and (self.above is None or item > self.above)
-            and (self.at_most is None or item <= self.at_most)
-            and (self.below is None or item < self.below)
-            and (self.check is None or self.check[0](item))
-        )
+        within = all(holds(item, bound) for _, bound, holds in self._bounds)
+        return within and (self.check is None or self.check[0](item))
+
+    @property
+    def _bounds(self) -> list[tuple[str, float, Callable[[Any, Any], bool]]]:
+        bounds = [
+            ("at least", self.at_least, operator.ge),
+            ("greater than", self.above, operator.gt),
+            ("at most", self.at_most, operator.le),
+            ("less than", self.below, operator.lt),
+        ]
+        return [(word, bound, holds) for word, bound, holds in bounds if bound is not None]
 
 
 def option(default: T, help: str, **declaration: Any) -> T:
     """Declares an option as a field of a dataclass: the arguments are those of `Option`."""
     declared = Option(default, help, **declaration)
     return dataclasses.field(default=default, metadata={"option": declared})
+
+
+def fraction(default: float, help: str) -> float:
+    """Declares an option that is at least 0 and less than 1."""
+    return option(default, help, at_least=0, below=1)
 
 
 def options_of(cls: type) -> dict[str, Option]:
@@ -151,6 +155,9 @@ class Section:
     """
 
     section: ClassVar[str]
+
+    def __init_subclass__(cls, section: str) -> None:
+        cls.section = section
 
     def __post_init__(self) -> None:
         check_options(self, self.section)

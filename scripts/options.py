@@ -7,7 +7,7 @@ Examples:
 from collections.abc import Mapping
 from pathlib import Path
 
-from alexnet_jax.config import declared_options, sections
+from alexnet_jax.config import SECTIONS, declared_options
 from alexnet_jax.models import MODELS
 from alexnet_jax.options import Option
 
@@ -25,7 +25,7 @@ but for options marked with *. This page is made by `python scripts/options.py`.
 def page() -> str:
     """Returns the page, in Markdown."""
     parts = [_HEAD]
-    for name, cls in sections().items():
+    for name, cls in SECTIONS.items():
         known = declared_options()
         options = {key: known[key] for key in known if key.rpartition(".")[0] == name}
         summary = (cls.__doc__ or "").partition("\n")[0]

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.config import (
     RESUMABLE,
+    SECTIONS,
     declared_options,
     default_config,
     flatten,
-    sections,
     unknown_option,
     validate,
 )
@@ -314,7 +314,7 @@ def test_small_images_are_refused():
 class Reads(ast.NodeVisitor):
     """Collects the options that a module reads: attributes of what is typed as a section."""
 
-    types: ClassVar = {cls.__name__: name for name, cls in sections().items()}
+    types: ClassVar = {cls.__name__: name for name, cls in SECTIONS.items()}
     networks: ClassVar = {cls.__name__ for cls in MODELS.values()}
 
     def __init__(self):
@@ -327,7 +327,7 @@ class Reads(ast.NodeVisitor):
         if not isinstance(node, ast.Attribute):
             return None
         if self.section(node.value) == "":
-            return node.attr if node.attr in sections() else None
+            return node.attr if node.attr in SECTIONS else None
         return "" if node.attr == "config" else None
 
     def visit_ClassDef(self, node):

@@ -10,8 +10,7 @@ from alexnet_jax.options import Section, option, options_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Example(Section):
-    section = "example"
+class Example(Section, section="example"):
     count: int = option(1, "A count.", at_least=1)
     seed: int = option(0, "A seed.", at_least=0, below=2**32, resumable=True)
     rate: float = option(0.5, "A rate.", above=0)
@@ -29,7 +28,7 @@ class Example(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class Other(Example):
+class Other(Example, section="example"):
     count: int = 7
 
 

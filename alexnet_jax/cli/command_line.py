@@ -17,11 +17,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax.config import (
+    SECTIONS,
     declared_options,
     flatten,
     known_configs,
     load_config,
-    sections,
 )
 from alexnet_jax.errors import InputError
 from alexnet_jax.options import unknown_option
@@ -135,7 +135,7 @@ def _help(name: str | None) -> str:
     values = dict(flatten(load_config(name))) if name else {}
     known = declared_options(values.get("model.name"))
     lines = [USAGE, f"Options and their values {f'in {name}' if name else 'by default'}:"]
-    for section, cls in sections().items():
+    for section, cls in SECTIONS.items():
         if section:
             lines += ["", f"{section}: {(cls.__doc__ or '').partition(chr(10))[0]}"]
         for key, declared in known.items():
