@@ -49,7 +49,7 @@ def tiny(**options):
 def blank(config, classes=10):
     model = create_model(config.model, num_classes=classes)
     return jax.eval_shape(
-        lambda: model.init(jax.random.key(0), np.zeros((1, SIDE, SIDE, 3)), train=False)
+        lambda: model.init(jax.random.key(0), jax.numpy.zeros((1, SIDE, SIDE, 3)), train=False)
     )
 
 
