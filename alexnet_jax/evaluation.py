@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 Evaluate = Callable[[Batch], EvalMetrics]
 
+SCALARS = ("loss", "accuracy")  # of EvalMetrics, in metrics.jsonl and results.json
+
 
 def evaluate(
     functions: Mapping[str, Evaluate], batches: Iterable[Batch]
@@ -110,7 +112,7 @@ def state_to_report(trainer: Trainer, state: TrainState) -> TrainState:
 
 
 def _scalars(result: dict[str, Any]) -> dict[str, Any]:
-    return {name: result[name] for name in ("loss", "accuracy")}
+    return {name: result[name] for name in SCALARS}
 
 
 def _total_confusion(result: dict[str, Any]) -> list[list[int]]:

@@ -40,7 +40,7 @@ class StepInfo:
         state: After this call; a hook may replace it.
         train_metrics: Of this call, on the device.
         validation: Loss and accuracy on the validation images, of the averaged weights where they
-            are kept; {} but at the end of an epoch.
+            are kept; {} except at the end of an epoch.
         save: Whether a checkpoint is saved at this step.
         stop: Whether training ends here; a hook that sets it ends the run early, with all that
             follows the last step.
@@ -182,7 +182,8 @@ class Save:
 
     def save(self, info: StepInfo) -> None:
         """Starts to save; a hook that comes last."""
-        if not (info.save or info.stop):
+        info.save |= info.stop
+        if not info.save:
             return
         if not info.epoch_ends:  # else done before validation
             check_finite(self._trainer, info)
@@ -200,6 +201,7 @@ class Save:
         with fail_together():
             self._checkpoints.finish()
         if not self._preempted:  # for what was requested during the last step, or its validation
+            # Twice, since wishes are answered at the call after (`AnyProcess`).
             self._any_process(self.stop_requested(), False)
             self._preempted, _ = self._any_process(self.stop_requested(), False)
         return self._preempted

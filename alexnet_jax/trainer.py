@@ -49,7 +49,8 @@ class Trainer:
         predict: As `eval`, of one seed, with what `steps.eval_step_with_predictions` keeps.
         after_validation: Given the validation accuracy, float32[], of each seed; donates the state.
         pick: Returns the state of one of `seeds`, by index.
-        learning_rate: Of a step in the epoch of the state; of several seeds the mean.
+        learning_rate: From a state and a step of the same epoch to the learning rate of that step,
+            the mean of several seeds.
         sharding: Of the state.
         image_shape: (H, W, C) of what the network takes.
     """
@@ -68,8 +69,12 @@ class Trainer:
     augment: Augment
 
     @classmethod
-    def create(cls, config: Config, data: RunData, mesh: Mesh) -> "Trainer":
+    def create(
+        cls, config: Config, data: RunData, mesh: Mesh, schedule: optax.Schedule | None = None
+    ) -> "Trainer":
         """Binds the functions to the options and compiles them for the devices.
+
+        `schedule`, from updates to the learning rate, replaces that of the options.
 
         Raises:
             InputError: The run has no update, or more steps than can be counted.
@@ -84,7 +89,9 @@ class Trainer:
         )
         model = create_model(config.model, num_classes=len(data.info["class_names"]), ops=kernels)
         side = input_size(config.data)
-        schedule = create_schedule(config.optimizer, data.steps_per_epoch, config.train.epochs)
+        schedule = schedule or create_schedule(
+            config.optimizer, data.steps_per_epoch, config.train.epochs
+        )
         optimizer = create_optimizer(
             config.optimizer, schedule, steps=config.train.epochs * data.steps_per_epoch
         )
@@ -175,6 +182,24 @@ def _learning_rate(config: Config, schedule: optax.Schedule, state: TrainState, 
     return rate
 
 
+def initial_state(
+    trainer: Trainer, data: RunData, source: InitialWeights | None = None
+) -> TrainState:
+    """Returns the state of step 0, with what is measured on images, and the weights of `source`.
+
+    Raises:
+        InputError: The weights of `source` do not fit.
+    """
+    mean, std = data.info["mean"], data.info["deviation"]
+    variables = init_from_data(trainer.model, data.examples, mean, std)
+    if source and source.variables:
+        shapes = jax.eval_shape(trainer.init, {})
+        fitting = source.select(trainer.variables_of_one(shapes))
+        everywhere = NamedSharding(trainer.sharding.mesh, PartitionSpec())
+        variables |= sharding.place(fitting, everywhere)
+    return jax.jit(trainer.init, out_shardings=trainer.sharding)(variables)
+
+
 def restore_or_init(
     trainer: Trainer, checkpoints: Checkpoints, data: RunData, source: InitialWeights
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -194,15 +219,7 @@ def restore_or_init(
             state, progress = restored
             log.info("Resuming from step %s.", f"{state.steps_taken:,}")
         else:
-            mean, std = data.info["mean"], data.info["deviation"]
-            variables = init_from_data(trainer.model, data.examples, mean, std)
-            if source.variables:
-                fitting = source.select(trainer.variables_of_one(shapes()))
-                variables |= sharding.place(
-                    fitting, NamedSharding(trainer.sharding.mesh, PartitionSpec())
-                )
-            init = jax.jit(trainer.init, out_shardings=trainer.sharding)
-            state, progress = init(variables), {"train_seconds": 0.0}
+            state, progress = initial_state(trainer, data, source), {"train_seconds": 0.0}
     collectives.check_equal(state.steps_taken, "the newest readable checkpoint")
     if "whitening" in state.model_state:  # measured by each process for itself
         measured = checksums.fingerprints(state.model_state["whitening"])
