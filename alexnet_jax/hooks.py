@@ -94,13 +94,18 @@ class LogMetrics:
         self._first = True
 
     def __call__(self, info: StepInfo) -> None:
-        """Writes what is pending; this call's metrics, too, where somebody waits for them."""
+        """Writes the metrics of the call before; of the first call at once, for a sign of life."""
         self.flush()
         rate = self._trainer.learning_rate(info.state, info.step)
         self._pending = info.step, info.num_steps, info.train_metrics, rate
-        if self._first or info.save:
+        if self._first:
             self.flush()
             self._first = False
+
+    def flush_before_save(self, info: StepInfo) -> None:
+        """Writes this call's metrics, too, where a checkpoint follows; comes after `Save.decide`."""
+        if info.save:
+            self.flush()
 
     def flush(self) -> None:
         """Writes what is pending.
@@ -171,10 +176,13 @@ class Save:
         self._last = time.monotonic()
         self._preempted = False
 
-    def decide(self, info: StepInfo) -> None:
-        """Sets `save` and `preempted`; a hook that comes first."""
-        self._checkpoints.open()  # while the device computes
+    def poll(self, info: StepInfo) -> None:
+        """Opens the folder, and logs how the last save ended, while the device computes."""
+        self._checkpoints.open()
         self._checkpoints.poll()
+
+    def decide(self, info: StepInfo) -> None:
+        """Sets `save` and `preempted`."""
         due = 0 < self._every_seconds <= time.monotonic() - self._last
         info.preempted, due = self._any_process(self.stop_requested(), due)
         info.save = info.epoch_ends or due or info.preempted

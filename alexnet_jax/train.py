@@ -118,7 +118,8 @@ def _train(
         log_metrics = LogMetrics(trainer, writer, config.train.batch_size)
         save = Save(checkpoints, trainer, writer, user_hooks, config.checkpoint.every_seconds, mesh)
         evaluate = Validate(trainer, data, writer)
-        hooks: list[Hook] = [save.decide, log_metrics, evaluate, *user_hooks, save.save]
+        before: list[Hook] = [save.poll, log_metrics, save.decide, log_metrics.flush_before_save]
+        hooks: list[Hook] = [*before, evaluate, *user_hooks, save.save]
         key, step = order_key(state.key), state.steps_taken
         with stop_requests() as save.stop_requested, data.train.feeds(key, step) as feeds:
             for step, feed in feeds if not progress.get("stopped") else ():

@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -49,7 +50,7 @@ def tiny(**options):
 def blank(config, classes=10):
     model = create_model(config.model, num_classes=classes)
     return jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jax.numpy.zeros((1, SIDE, SIDE, 3)), train=False)
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3)), train=False)
     )
 
 

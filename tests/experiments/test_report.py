@@ -204,7 +204,11 @@ def test_a_network_without_mistakes_has_none():
 
 def test_samples_histograms_and_filters():
     images = np.zeros((3, 300, 200, 3), np.uint8)
-    found = inputs.augmented(images, lambda key, batch: batch + 1, seed=0)["samples"]
+
+    def brighter(keys, epoch, images, labels):
+        return images + 1, labels
+
+    found = inputs.augmented(images, brighter, seed=0)["samples"]
     assert found.shape == (4, 3, 128, 85, 3)
     assert (found[0] == 0).all()
     assert (found[1:] == 1).all()
@@ -419,7 +423,7 @@ def test_reports_of_all_kinds(tmp_path, options):
     assert ("accuracy, validation, averaged weights" in page) == both
     assert ("classes with the lowest F1" in page) == (options.get("classes") == 1000)
     seeds = options.get("seeds", 1)
-    assert ("90.00% (deviation 1.23)" in page) == (seeds > 1)
+    assert ("90.00% (std 1.23)" in page) == (seeds > 1)
     assert ("Means over the seeds 0, 1, 2" in page) == (seeds > 1)
     assert len(page) < 2_000_000
 

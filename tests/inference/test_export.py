@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from made_up_run import ACCURACIES, SIZE, make_run
@@ -204,7 +205,7 @@ def test_half_precision_is_exported_as_float32(network):
     half = network.module.clone(dtype="bfloat16")
     function = export.inference_function(dataclasses.replace(network, module=half))
     np.testing.assert_allclose(
-        function(IMAGES), network.predict(IMAGES).probabilities, rtol=1e-4, atol=1e-6
+        function(jnp.asarray(IMAGES)), network.predict(IMAGES).probabilities, rtol=1e-4, atol=1e-6
     )
 
 

@@ -102,7 +102,7 @@ def test_a_state_has_them_and_training_leaves_them():
     fixed = init_from_data(model, lambda count: images, MEAN, STD)
     optimizer = optax.sgd(0.1)
     create = functools.partial(create_state, model, optimizer, (12, 12, 3), 0)
-    state = jax.jit(functools.partial(create, ema=True, fixed=fixed))()
+    state = jax.jit(functools.partial(create, ema=True, variables=fixed))()
     assert jax.tree.map(jnp.shape, state.model_state) == jax.tree.map(
         jnp.shape, jax.eval_shape(create).model_state
     )
