@@ -322,8 +322,8 @@ class Reads(ast.NodeVisitor):
 
     def section(self, node):
         """The section that an expression is; "" for the config itself, None for anything else."""
-        if isinstance(node, ast.Name):
-            return self.scope.get(node.id)
+        if (name := ast.unparse(node)) in self.scope:
+            return self.scope[name]
         if not isinstance(node, ast.Attribute):
             return None
         if self.section(node.value) == "":
@@ -332,7 +332,11 @@ class Reads(ast.NodeVisitor):
 
     def visit_ClassDef(self, node):
         before = self.scope
-        self.scope = before | ({"self": "model"} if node.name in self.networks else {})
+        fields = [each for each in node.body if isinstance(each, ast.AnnAssign)]
+        typed = {f"self.{ast.unparse(each.target)}": each.annotation for each in fields}
+        self.scope = before | {name: self.types.get(ast.unparse(typed[name])) for name in typed}
+        if node.name in self.networks:
+            self.scope["self"] = "model"
         self.generic_visit(node)
         self.scope = before
 
@@ -388,6 +392,7 @@ def test_every_option_is_read_somewhere():
         ("def f(config):\n    return config.epochs, config.train.epochs", set()),
         ("def f(c: Config):\n    a, b = c.data, c.seed\n    a.name", {"data", "data.name", "seed"}),
         ("class ResNet:\n    def f(self):\n        return self.width", {"model.width"}),
+        ("class C:\n    c: TrainConfig\n    def f(self):\n        self.c.epochs", {"train.epochs"}),
         ("class ResNet:\n    def __post_init__(self):\n        self.width", set()),
     ],
 )
