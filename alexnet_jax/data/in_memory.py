@@ -53,6 +53,8 @@ class InMemoryDataset:
             placed: dict[str, Array] = sharding.place(host, sharding.replicated(mesh))
             return placed
 
+        best = 1 if sharding.on_cpu(mesh) else ACCELERATOR_STEPS_PER_DISPATCH
+        config = dataclasses.replace(config, steps_per_dispatch=config.steps_per_dispatch or best)
         thread = ThreadPoolExecutor(1)
         placing = thread.submit(copy)
         thread.shutdown(wait=False)
@@ -74,14 +76,13 @@ class InMemoryDataset:
     def _feeds(self, key: Array, step: int) -> Iterator[tuple[int, InMemoryFeed]]:
         batch_size = self.config.batch_size
         steps_per_epoch = self.size // batch_size
-        best = 1 if sharding.on_cpu(self.mesh) else ACCELERATOR_STEPS_PER_DISPATCH
-        steps_per_dispatch = self.config.steps_per_dispatch or best
         jit = functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
         one = functools.partial(epoch_order, size=self.size)
         order_of = jit(jax.vmap(one, in_axes=(0, None)) if key.ndim else one)
         take = jit(_take, static_argnums=(2, 3))
         last_step, epoch = self.config.epochs * steps_per_epoch, -1
-        for first, count in dispatches(step, last_step, steps_per_epoch, steps_per_dispatch):
+        most = self.config.steps_per_dispatch
+        for first, count in dispatches(step, last_step, steps_per_epoch, most):
             if epoch != first // steps_per_epoch:  # to sort 45,000 keys takes a CPU 30 ms
                 epoch = first // steps_per_epoch
                 order = order_of(key, np.int32(epoch))
