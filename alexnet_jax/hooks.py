@@ -103,7 +103,7 @@ class LogMetrics:
             self._first = False
 
     def flush_before_save(self, info: StepInfo) -> None:
-        """Writes this call's metrics, too, where a checkpoint follows; comes after `Save.decide`."""
+        """Writes this call's metrics, too, if a checkpoint follows; comes after `Save.decide`."""
         if info.save:
             self.flush()
 

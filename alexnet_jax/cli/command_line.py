@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from alexnet_jax.distributed.initialize import ProcessFlags
 
 USAGE = """\
-Trains a network: python -m alexnet_jax.main --config=configs/cifar10.py
+Trains a network: alexnet-jax train --config=cifar10
+or, which is the same, python -m alexnet_jax.main --config=cifar10
 
 The same command resumes an interrupted run. Exit codes: 0 finished, 2 bad input, 3 the loss
 diverged, 69 another process of the run is gone, 74 the end could not be saved, 75 interrupted and

@@ -10,6 +10,7 @@ Examples:
 """
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
         files.write_json(options.json, numbers)
         print(f"Written to {options.json}.")
     else:
-        print(f"Next: alexnet-jax predict {options.run} IMAGE...")
+        print(f"Next: alexnet-jax predict {shlex.quote(options.run)} IMAGE...")
 
 
 def _numbers(network: "Network", evaluation: "Evaluation") -> dict[str, Any]:

@@ -163,7 +163,7 @@ def test_a_good_command_line_reaches_the_run(outcomes, line, given):
 def test_help_shows_the_options_and_their_values(outcomes, line):
     code, out, err = outcomes[tuple(line)]
     assert (code, err) == (0, "")
-    assert out.startswith("Trains a network: python -m alexnet_jax.main --config=")
+    assert out.startswith("Trains a network: alexnet-jax train --config=")
     epochs = "  --config.data.name=" + ("digits" if GIVEN in line else "cifar10")
     assert epochs in out.splitlines()
     assert "  --workdir=FOLDER" in out
