@@ -77,7 +77,7 @@ class Session:
         }
         options = [f"--config.{key}={value}" for key, value in _OPTIONS.items()]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `__exit__`
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "alexnet_jax.main", "--config=configs/digits.py"),
                 *(f"--workdir={folder}", f"--config.data.data_dir={data_dir}", *options),
@@ -91,8 +91,8 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()  # does nothing to one that has ended
-        self._process.wait()
+        self.process.kill()  # does nothing to one that has ended
+        self.process.wait()
         self._errors.close()
 
     def _read(self, name: str) -> str:
@@ -118,15 +118,15 @@ class Session:
         """Kills the process at that moment; returns False if it has ended before, by itself."""
         deadline = time.monotonic() + _PATIENCE
         while not moment.sign(self):
-            if self._process.poll() is not None:
+            if self.process.poll() is not None:
                 return False
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.001)
         time.sleep(rng.random() * moment.delay)
-        if self._process.poll() is not None:
+        if self.process.poll() is not None:
             return False
-        self._process.send_signal(signal.SIGKILL)
+        self.process.send_signal(signal.SIGKILL)
         return True
 
     def ended(self, killed: bool = False) -> str:
@@ -136,7 +136,7 @@ class Session:
             killed: Whether `kill_at` did so, unless the end came first.
         """
         try:
-            code = self._process.wait(_PATIENCE)
+            code = self.process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
             return f"still ran after {_PATIENCE:.0f} s"
         self._errors.seek(0)
@@ -202,7 +202,7 @@ def torture_by_kills(kills: int, rng: random.Random, folder: Path) -> dict[str, 
                 break
             _tell(f"{done.total()} of {kills} kills, run {runs}, {len(failures)} failures")
         else:  # it has come to its end
-            failures += [f"run {runs}: {wrong}" for wrong in _differences(reference, run)]
+            failures += [f"run {runs}: {wrong}" for wrong in differences(reference, run)]
     return {
         "kills": dict(done),
         "runs": runs,
@@ -211,7 +211,7 @@ def torture_by_kills(kills: int, rng: random.Random, folder: Path) -> dict[str, 
     }
 
 
-def _differences(reference: Path, run: Path) -> list[str]:
+def differences(reference: Path, run: Path) -> list[str]:
     """Says in what a run that ended differs from the undisturbed one."""
     found = []
     if _records(reference) != _records(run):
@@ -335,7 +335,7 @@ DAMAGES: dict[str, Callable[[list[Path], random.Random], str]] = {
 }
 # These are always more than what the values can do without.
 _CERTAIN = ("emptied", "commit marker missing", "removed")
-_OF_BOTH = (*_CERTAIN, "half-deleted")
+OF_BOTH = (*_CERTAIN, "half-deleted")
 
 
 class _Messages(logging.Handler):
@@ -419,7 +419,7 @@ def torture_by_damage(tries: int, rng: random.Random, folder: Path) -> dict[str,
     table: dict[str, collections.Counter[str]] = {}
     failures = []
     for both in (False, True):
-        for kind in _OF_BOTH if both else DAMAGES:
+        for kind in OF_BOTH if both else DAMAGES:
             label = f"both: {kind}" if both else kind
             counts = table[label] = collections.Counter(tried=0, held=0)
             for number in range(tries):

@@ -37,7 +37,7 @@ def test_ctrl_c_leaves_no_run_behind(monkeypatch, capsys):
     started = []
 
     def interrupt(session):
-        started.append(session._process)
+        started.append(session.process)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torture.Session, "ended", interrupt)
@@ -86,7 +86,7 @@ def test_what_differs_after_kills_is_seen(ended_run, tmp_path, says):
     run = tmp_path / "run"
     shutil.copytree(ended_run, run)
     CHANGES[says](run)
-    assert torture._differences(ended_run, run) == ([says] if says else [])
+    assert torture.differences(ended_run, run) == ([says] if says else [])
 
 
 def test_a_run_that_never_leaves_its_report_has_failed(monkeypatch, tmp_path):
@@ -109,15 +109,16 @@ def test_a_few_damages(tmp_path, capsys):
     code = torture.main(["--damage", "--tries=1", f"--json={tmp_path / 'damage.json'}"])
     assert code == 0, capsys.readouterr().out
     found = json.loads((tmp_path / "damage.json").read_text())["damages"]
-    assert len(found) == len(torture.DAMAGES) + len(torture._OF_BOTH)
+    assert len(found) == len(torture.DAMAGES) + len(torture.OF_BOTH)
     assert all(counts["tried"] == counts["held"] == 1 for counts in found.values())
 
 
 def test_what_is_not_noticed_counts_as_failed(capsys, monkeypatch):
     """Without checksums a flipped bit is restored; the program must see it."""
     monkeypatch.setattr(checksums, "check", lambda *_: None)
-    monkeypatch.setattr(torture, "DAMAGES", {"one bit flipped": torture._flip})
-    monkeypatch.setattr(torture, "_OF_BOTH", ())
+    kind = "one bit flipped"
+    monkeypatch.setattr(torture, "DAMAGES", {kind: torture.DAMAGES[kind]})
+    monkeypatch.setattr(torture, "OF_BOTH", ())
     # One of eight flips does harm then, by chance, as the names of the files vary: none of 50 does
     # once in 800 calls, and four times in a row never.
     assert 1 in (torture.main(["--damage", "--tries=50"]) for _ in range(4))
