@@ -111,7 +111,7 @@ def test_a_state_has_them_and_training_leaves_them():
         model=model,
         optimizer=optimizer,
         normalize=create_normalize(MEAN, STD),
-        augment=lambda key, images: images,
+        steps_per_epoch=1,
         ema_decay=0.5,
     )
     batch = {"image": images, "label": np.arange(8) % 5, "mask": np.ones(8, bool)}
