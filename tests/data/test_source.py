@@ -357,7 +357,7 @@ def other_names(folder):
 
 
 def prepared_again(folder):
-    """As `scripts/prepare_data.py --overwrite` leaves it."""
+    """As `alexnet-jax prepare --overwrite` leaves it."""
     tree = folder.parents[2] / "stripes"
     (tree / "a").rename(tree / "z")
     prepare.prepare_path(tree, data_dir=str(folder.parents[1]), test_fraction=0.5, overwrite=True)

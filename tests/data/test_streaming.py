@@ -1,4 +1,4 @@
-"""Streamed data: the batches of the resident path, whatever reads them, and what may go wrong."""
+"""Streamed data: the batches of the in-memory path, whatever reads them, and what may go wrong."""
 
 import os
 import signal
